@@ -1,0 +1,2 @@
+//! sternad: the node agent
+fn main() {}

@@ -1,0 +1,2 @@
+//! sterna: the command line
+fn main() {}

@@ -1,0 +1,1 @@
+//! Safe sessions over libcriu: dump, restore, notifications, versions

@@ -1,0 +1,1 @@
+//! The two processes of a migration: sender and receiver

@@ -1,0 +1,1 @@
+//! Node certificates and mutual TLS

@@ -1,0 +1,1 @@
+//! Carries a container's writable overlay layer: scan, delta, stream, place

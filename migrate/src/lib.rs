@@ -1,0 +1,1 @@
+//! The migration protocol core: phases, negotiation, convergence, commit; pure

@@ -1,0 +1,169 @@
+//! Messages between a shim and the engine process that it started.
+//!
+//! The engine is the shim's own binary, executed again with the argument
+//! `engine` and a SEQPACKET socket as file descriptor 3. Both are always the
+//! same build, so there is no version here. One message is one JSON packet; a
+//! closed socket means that the other process is gone.
+//!
+//! ```text
+//! sending    shim -> engine  Send
+//!            engine -> shim  Listening, then Committed if it comes to that, then Sent
+//! receiving  shim -> engine  Receive
+//!            engine -> shim  Listening, Restore
+//!            shim -> engine  Restored | RestoreFailed
+//!            engine -> shim  Guard (with file descriptors)*, Running, Settled
+//!            or, at any time before Running: Failed
+//! ```
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::incoming::{Incoming, Ticket};
+
+/// What the engine must know about a container; the shim knows it from `Create`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerFacts {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// containerd's container id.
+    pub id: String,
+    /// The OCI bundle, with `config.json`.
+    pub bundle: PathBuf,
+    /// The mounted root file system.
+    pub rootfs: PathBuf,
+    /// runc's `--root`, with the namespace.
+    pub runc_root: PathBuf,
+    /// The runc program.
+    pub runc: PathBuf,
+    /// Writable layer (overlay upperdir), if the root file system has one.
+    pub upperdir: Option<PathBuf>,
+}
+
+/// Shim to engine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum ToEngine {
+    /// Send this container away.
+    Send(Box<SendJob>),
+    /// Receive this container.
+    Receive(Box<ReceiveJob>),
+    /// `runc restore` is through: the container runs.
+    Restored {
+        /// Its first process.
+        pid: u32,
+    },
+    /// `runc restore` failed and left nothing behind.
+    RestoreFailed {
+        /// The line that says why.
+        reason: String,
+    },
+    /// Give up if that is still possible.
+    Cancel {
+        /// Shown to whoever waits.
+        reason: String,
+    },
+}
+
+/// Everything an outgoing migration needs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SendJob {
+    /// The migration.
+    pub migration_id: String,
+    /// The container.
+    pub container: ContainerFacts,
+    /// Its first process.
+    pub init_pid: u32,
+    /// The right to deliver it.
+    pub ticket: Ticket,
+    /// host:port of the destination's sternad.
+    pub peer_address: String,
+    /// The name in the destination's certificate.
+    pub peer_node: String,
+    /// Directory with this node's certificate and key and the CA.
+    pub identity_dir: PathBuf,
+    /// Switch over only if the blackout is expected to be below this.
+    pub max_blackout_ms: u64,
+    /// Give up after this long; none: never.
+    pub deadline_ms: Option<u64>,
+    /// How to take the container's address off this node.
+    pub network: Option<network::Attachment>,
+}
+
+/// Everything an incoming migration needs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ReceiveJob {
+    /// The permission.
+    pub incoming: Incoming,
+    /// The container. Its rootfs is not mounted yet.
+    pub container: ContainerFacts,
+}
+
+/// Options of a restore that must equal those of the dump.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreFlags {
+    /// `--tcp-established`
+    pub tcp_established: bool,
+    /// CRIU's `tcp-close`: connections come back closed.
+    pub tcp_close: bool,
+    /// `--file-locks`
+    pub file_locks: bool,
+    /// `--ext-unix-sk`
+    pub ext_unix_sk: bool,
+    /// `--shell-job`
+    pub shell_job: bool,
+}
+
+/// How the shim is to restore the container that arrived.
+///
+/// The shim mounts the root file system, runs `runc restore --lazy-pages` with
+/// pipes for stdio, and answers `Restored` or `RestoreFailed`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreOrder {
+    /// `--image-path`, with `descriptors.json`.
+    pub images: PathBuf,
+    /// `--work-path`, where the engine listens on `lazy-pages.socket`.
+    pub work_dir: PathBuf,
+    /// Serve memory lazily from the engine.
+    pub lazy_pages: bool,
+    /// Options that must equal those of the dump.
+    pub flags: RestoreFlags,
+}
+
+/// How a sending engine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// The container runs on the other node; its processes here are gone.
+    Migrated,
+    /// It never left and goes on here.
+    Stayed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Engine to shim.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromEngine {
+    /// The sockets of the run directory are open.
+    Listening,
+    /// The commit is recorded: from here the container's exit means that it
+    /// left, and nothing may thaw or signal it.
+    Committed,
+    /// A sending engine's last word.
+    Sent(Outcome),
+    /// Everything arrived and is committed: restore now.
+    Restore(RestoreOrder),
+    /// One file descriptor follows in SCM_RIGHTS: a duplicate of a userfaultfd.
+    /// While the shim holds it, no page reads as zero by accident; if the
+    /// engine dies before `Settled`, the shim kills the container, then closes.
+    Guard,
+    /// The container's tasks were let go and its address is attached.
+    Running,
+    /// All memory is in place; the engine ends, the shim closes its guards.
+    Settled,
+    /// A receiving engine's last word when the container did not arrive.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}

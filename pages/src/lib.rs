@@ -1,0 +1,1 @@
+//! The page engine: track, read, encode, stage, serve; no network, no CRIU

@@ -1,0 +1,2 @@
+//! containerd-shim-sterna-v1: a containerd runtime shim whose containers can move
+fn main() {}

@@ -1,0 +1,1 @@
+//! The unsafe system interface: userfaultfd, PAGEMAP_SCAN, ptrace injection, pidfd, seccomp listener
