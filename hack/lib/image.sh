@@ -1,0 +1,182 @@
+# shellcheck shell=bash
+# Workload images, made from Debian packages without a registry. For each image
+# there is a function image_NAME, which fills a root directory and sets:
+#   reference   the name it is imported under
+#   settings    the image config's "config" member, as JSON
+# Sourced, never run. Needs common.sh, rootfs.sh.
+
+IMAGES=(valkey busybox python nginx node goserver pause)
+IMAGE_SUITE=forky
+IMAGE_PATH='PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
+
+check_image() {
+  local image
+  for image in "${IMAGES[@]}"; do
+    [[ $1 != "$image" ]] || return 0
+  done
+  die "there is no image '$1': it is one of ${IMAGES[*]}"
+}
+
+image_valkey() {
+  reference=docker.io/valkey/valkey:9
+  settings='{
+    "Env": ["'$IMAGE_PATH'"], "WorkingDir": "/data", "ExposedPorts": {"6379/tcp": {}},
+    "Entrypoint": ["valkey-server"],
+    "Cmd": ["--save", "", "--appendonly", "no", "--protected-mode", "no", "--bind", "0.0.0.0"]
+  }'
+  # The standalone packages keep all of systemd out.
+  unpack "$1" valkey-server valkey-tools systemd-standalone-sysusers systemd-standalone-tmpfiles busybox-static
+  add_applets "$1"
+  add_user "$1" valkey 999 /data
+}
+
+image_busybox() {
+  reference=docker.io/library/busybox:1
+  settings='{"Env": ["'$IMAGE_PATH'"], "Cmd": ["sh"]}'
+  unpack "$1" busybox-static
+  add_applets "$1"
+}
+
+image_python() {
+  reference=docker.io/library/python:3
+  settings='{"Env": ["'$IMAGE_PATH'"], "Cmd": ["python3", "/srv/server.py"]}'
+  unpack "$1" python3 busybox-static
+  add_applets "$1"
+  install -m 644 "$LIB_DIR/images/server.py" "$1/srv/server.py"
+}
+
+image_nginx() {
+  reference=docker.io/library/nginx:1
+  settings='{"Env": ["'$IMAGE_PATH'"], "Cmd": ["nginx", "-c", "/etc/nginx/sterna.conf"]}'
+  unpack "$1" nginx busybox-static
+  add_applets "$1"
+  add_user "$1" www-data 33 /var/www
+  mkdir -p "$1/var/lib/nginx" "$1/var/log/nginx" "$1/srv/www"
+  install -m 644 "$LIB_DIR/images/nginx.conf" "$1/etc/nginx/sterna.conf"
+  echo 'served by nginx' >"$1/srv/www/index.html"
+  head -c 8388608 /dev/zero >"$1/srv/www/8M"
+}
+
+image_node() {
+  reference=docker.io/library/node:24
+  settings='{"Env": ["'$IMAGE_PATH'"], "Cmd": ["node", "/srv/server.js"]}'
+  unpack "$1" nodejs busybox-static
+  add_applets "$1"
+  install -m 644 "$LIB_DIR/images/server.js" "$1/srv/server.js"
+}
+
+image_goserver() {
+  reference=localhost/goserver:1
+  settings='{"Env": ["'$IMAGE_PATH'"], "Cmd": ["/server"]}'
+  need go golang-go
+  skeleton "$1"
+  # As a module of today's Go: without go.mod, the defaults are those of old versions.
+  local source
+  source=$(mktemp -d)
+  cp "$LIB_DIR/images/server.go" "$source"
+  (
+    cd "$source" || exit
+    export GO111MODULE=on GOFLAGS='' GOTOOLCHAIN=local CGO_ENABLED=0
+    go mod init goserver 2>/dev/null
+    go build -trimpath -ldflags='-s -w' -o "$1/server" .
+  )
+  rm -rf "$source"
+}
+
+# What the CRI holds a pod's namespaces with.
+image_pause() {
+  reference=$PAUSE_IMAGE
+  settings='{"Env": ["'$IMAGE_PATH'"], "Cmd": ["sh", "-c", "trap '\''exit 0'\'' TERM INT; while :; do sleep 86400 & wait; done"]}'
+  unpack "$1" busybox-static
+  add_applets "$1"
+}
+
+# unpack ROOT PACKAGE...: the files of the packages and of what they depend on. No
+# maintainer script runs: what those would have made is made by the image's function.
+unpack() {
+  local root=$1 packages
+  shift
+  packages=$(IFS=, && echo "$*")
+  debootstrap_to "$IMAGE_SUITE" "$root" --variant=extract --include="$packages"
+  rm -rf "$root"/usr/share/{bash-completion,bug,doc,info,lintian,locale,man} "$root"/usr/lib/systemd \
+    "$root"/etc/{init.d,apt,dpkg} "$root"/var/lib/{apt,dpkg} "$root"/var/cache/apt "$root"/var/log/*
+  skeleton "$root"
+}
+
+skeleton() {
+  local root=$1 dir
+  mkdir -p "$root"/{dev,etc,proc,root,run,srv,sys,tmp,usr/bin,usr/lib,usr/sbin,var/log}
+  chmod 1777 "$root/tmp"
+  for dir in bin sbin lib lib64; do
+    [[ -e $root/$dir || ! -d $root/usr/$dir ]] || ln -s "usr/$dir" "$root/$dir"
+  done
+  echo 'root:x:0:0:root:/root:/bin/sh' >"$root/etc/passwd"
+  echo 'root:x:0:' >"$root/etc/group"
+  add_user "$root" nobody 65534 /nonexistent
+}
+
+# add_user ROOT NAME ID HOME
+add_user() {
+  echo "$2:x:$3:$3::$4:/bin/sh" >>"$1/etc/passwd"
+  echo "$2:x:$3:" >>"$1/etc/group"
+  [[ $4 == /nonexistent ]] || install -d -o "$3" -g "$3" "$1$4"
+}
+
+add_applets() {
+  local applet
+  while read -r applet; do
+    [[ -e $1/usr/bin/$applet ]] || ln -s busybox "$1/usr/bin/$applet"
+  done < <("$1/usr/bin/busybox" --list)
+}
+
+# image_path NAME: where the finished archive is; the name changes with the recipe.
+image_path() {
+  local recipe file
+  recipe=$({
+    declare -f "image_$1" unpack skeleton add_user add_applets debootstrap_to
+    printf '%s\n' "$IMAGE_SUITE" "${SLIM_OPTIONS[@]}"
+    cat "$LIB_DIR/oci.py"
+    for file in "$LIB_DIR"/images/*; do
+      [[ $(declare -f "image_$1") != *"/${file##*/}"* ]] || cat "$file"
+    done
+  } | sha256sum)
+  echo "$STERNA_CACHE/images/$1-${recipe:0:12}.tar"
+}
+
+ensure_image() {
+  [[ -e $(image_path "$1") ]] || with_lock "$STERNA_CACHE/locks/image-$1" build_image "$1"
+}
+
+build_image() {
+  local name=$1 path root started old reference settings
+  path=$(image_path "$name")
+  [[ ! -e $path ]] || return 0
+  need python3 python3
+  root=$STERNA_CACHE/images/image-$name.new
+  started=$(now_ms)
+  say "building the image $name"
+  mkdir -p "${path%/*}"
+  [[ ! -e $root ]] || remove_tree "$root"
+  "image_$name" "$root"
+  python3 "$LIB_DIR/oci.py" "$root" "$path.new" "$reference" "$settings" >"$path.digest"
+  echo "$reference" >"$path.reference"
+  remove_tree "$root"
+  mv "$path.new" "$path"
+  say "built $reference ($(($(stat -c %s "$path") / 1000000)) MB) in $((($(now_ms) - started) / 1000)) s"
+  for old in "$STERNA_CACHE/images/$name"-*.tar; do
+    [[ $old == "$path" ]] || rm -f "$old" "$old".*
+  done
+}
+
+# import_image NODE NAMESPACE NAME: unless the node has the very same one.
+import_image() {
+  local node=$1 namespace=$2 name=$3 path reference
+  path=$(image_path "$name")
+  reference=$(<"$path.reference")
+  if [[ $(node_run "$node" ctr -n "$namespace" images list "name==$reference") == *"$(<"$path.digest")"* ]]; then
+    return 0
+  fi
+  node_run "$node" ctr -n "$namespace" images import - <"$path" >/dev/null ||
+    die "node $node did not take $reference: see 'hack/nodes log $node containerd'"
+  say "$node has $reference"
+}
