@@ -11,7 +11,7 @@
 //! receiving  shim -> engine  Receive
 //!            engine -> shim  Listening, Restore
 //!            shim -> engine  Restored | RestoreFailed
-//!            engine -> shim  Guard (with file descriptors)*, Running, Settled
+//!            engine -> shim  Guard (with file descriptors)*, AbandonRestore, Running, Settled
 //!            or, at any time before Running: Failed
 //! ```
 
@@ -153,6 +153,12 @@ pub enum FromEngine {
     Sent(Outcome),
     /// Everything arrived and is committed: restore now.
     Restore(RestoreOrder),
+    /// The restore takes too long: end it and answer `RestoreFailed` when nothing
+    /// of it is left. Only that answer lets the source have the container back.
+    AbandonRestore {
+        /// Why.
+        reason: String,
+    },
     /// One file descriptor follows in SCM_RIGHTS: a duplicate of a userfaultfd.
     /// While the shim holds it, no page reads as zero by accident; if the
     /// engine dies before `Settled`, the shim kills the container, then closes.

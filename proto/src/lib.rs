@@ -16,13 +16,23 @@ pub mod migration {
 }
 
 /// sternad to a running migration on its node: `sterna.engine.v1`.
-pub mod engine {
-    tonic::include_proto!("sterna.engine.v1");
-}
+pub use packages::engine::v1 as engine;
 
 /// The command line to sternad, and sternad to sternad: `sterna.agent.v1`.
-pub mod agent {
-    tonic::include_proto!("sterna.agent.v1");
+pub use packages::agent::v1 as agent;
+
+/// Nested as the packages are: one package names another's types by that path.
+mod packages {
+    pub mod engine {
+        pub mod v1 {
+            tonic::include_proto!("sterna.engine.v1");
+        }
+    }
+    pub mod agent {
+        pub mod v1 {
+            tonic::include_proto!("sterna.agent.v1");
+        }
+    }
 }
 
 /// sternad to a shim, over ttrpc: `sterna.shim.v1`.

@@ -1,0 +1,110 @@
+//! The page server of a restore, on a thread of its own.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use pages::{FillOptions, FillReport, LazyError, LazyEvent, LazyServer, Staging};
+use tokio::sync::mpsc;
+
+use crate::ipc::ToShim;
+
+/// Why memory is not in place.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MemoryError {
+    #[error("cannot listen in {path}")]
+    Listen {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    #[error("the page server failed")]
+    Server(#[from] LazyError),
+    #[error("the page server's thread panicked")]
+    Panicked,
+}
+
+/// What the loop of the receiver has to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MemoryNews {
+    /// CRIU has restored everything and lets the tasks go.
+    LetGo,
+    /// All memory is in place.
+    Filled,
+    /// The page server ended without that; [`Memory::filled`] says why.
+    Failed,
+}
+
+#[derive(Debug)]
+enum Report {
+    LetGo,
+    Ended(Result<FillReport, LazyError>),
+}
+
+/// A page server at work.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    reports: mpsc::UnboundedReceiver<Report>,
+    outcome: Option<Result<FillReport, MemoryError>>,
+}
+
+impl Memory {
+    /// Listens in CRIU's work directory and serves from `staging`. Every
+    /// userfaultfd is passed on to the shim before it is used.
+    pub(crate) fn serve(
+        work_dir: &Path,
+        staging: &Arc<Staging>,
+        shim: &ToShim,
+    ) -> Result<Self, MemoryError> {
+        let server = LazyServer::bind(work_dir)
+            .map_err(|source| MemoryError::Listen { path: work_dir.to_owned(), source })?;
+        let (report, reports) = mpsc::unbounded_channel();
+        let (staging, shim) = (Arc::clone(staging), shim.clone());
+        let serve = move || {
+            let outcome = server.run(&staging, FillOptions::default(), &mut |event| match event {
+                LazyEvent::Handed { guard, .. } => {
+                    // Without a shim this process is about to end, and the
+                    // container with it.
+                    if let Err(error) = shim.send_guard(guard.as_fd()) {
+                        tracing::error!(%error, "the shim did not take a guard");
+                    }
+                }
+                // A receiver that is gone ended the process.
+                LazyEvent::RestoreFinished => drop(report.send(Report::LetGo)),
+                LazyEvent::Filled => {}
+            });
+            drop(report.send(Report::Ended(outcome)));
+        };
+        std::thread::Builder::new()
+            .name("page-server".into())
+            .spawn(serve)
+            .map_err(MemoryError::Thread)?;
+        Ok(Self { reports, outcome: None })
+    }
+
+    /// What happens next; pending for ever once the server has ended.
+    pub(crate) async fn next(&mut self) -> MemoryNews {
+        if self.outcome.is_some() {
+            return std::future::pending().await;
+        }
+        let outcome = match self.reports.recv().await {
+            Some(Report::LetGo) => return MemoryNews::LetGo,
+            Some(Report::Ended(outcome)) => outcome.map_err(MemoryError::from),
+            None => Err(MemoryError::Panicked),
+        };
+        let news = if outcome.is_ok() { MemoryNews::Filled } else { MemoryNews::Failed };
+        self.outcome = Some(outcome);
+        news
+    }
+
+    /// Waits for the end of the server; to be called once.
+    pub(crate) async fn filled(&mut self) -> Result<FillReport, MemoryError> {
+        while self.outcome.is_none() {
+            self.next().await;
+        }
+        self.outcome.take().unwrap_or(Err(MemoryError::Panicked))
+    }
+}
