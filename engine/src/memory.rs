@@ -59,8 +59,10 @@ impl Memory {
         staging: &Arc<Staging>,
         shim: &ToShim,
     ) -> Result<Self, MemoryError> {
-        let server = LazyServer::bind(work_dir)
-            .map_err(|source| MemoryError::Listen { path: work_dir.to_owned(), source })?;
+        let server = LazyServer::bind(work_dir).map_err(|source| MemoryError::Listen {
+            path: work_dir.to_owned(),
+            source,
+        })?;
         let (report, reports) = mpsc::unbounded_channel();
         let (staging, shim) = (Arc::clone(staging), shim.clone());
         let serve = move || {
@@ -82,7 +84,10 @@ impl Memory {
             .name("page-server".into())
             .spawn(serve)
             .map_err(MemoryError::Thread)?;
-        Ok(Self { reports, outcome: None })
+        Ok(Self {
+            reports,
+            outcome: None,
+        })
     }
 
     /// What happens next; pending for ever once the server has ended.
@@ -95,7 +100,11 @@ impl Memory {
             Some(Report::Ended(outcome)) => outcome.map_err(MemoryError::from),
             None => Err(MemoryError::Panicked),
         };
-        let news = if outcome.is_ok() { MemoryNews::Filled } else { MemoryNews::Failed };
+        let news = if outcome.is_ok() {
+            MemoryNews::Filled
+        } else {
+            MemoryNews::Failed
+        };
         self.outcome = Some(outcome);
         news
     }

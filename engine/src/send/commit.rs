@@ -1,0 +1,190 @@
+//! Commit and Resume: the source gives up its right to the container, and waits
+//! for the destination's word.
+
+use std::fs;
+
+use criu::Action;
+use migrate::Phase;
+use migrate::commit::{CommitRecord, CommitState, Format};
+use migrate::source::{self, Event};
+use nodeapi::FromEngine;
+use proto::engine::Summary;
+use proto::migration as pb;
+use proto::migration::destination_message::Message as FromDestination;
+use proto::migration::source_message::Message as ToDestination;
+
+use super::{Sender, limited, make_dir};
+use crate::dump::DumpFailure;
+use crate::link::Dialer;
+use crate::send_error::SendError;
+use crate::session::Session;
+
+/// A failure before the commit point.
+pub(super) struct Uncommitted(pub(super) SendError);
+
+impl Sender {
+    /// THE COMMIT POINT. The record is written, then the word is sent. As long
+    /// as the record is not written the container may be thawed; once it is,
+    /// only the destination's word decides, because it may have heard.
+    pub(super) async fn commit(&mut self) -> Result<CommitRecord, Uncommitted> {
+        self.enter(Phase::Commit);
+        // If CRIU died meanwhile, the kernel has let go of the tasks.
+        match &self.dump {
+            Some(dump) if dump.still_waits().await => {}
+            _ => return Err(Uncommitted(DumpFailure::Ended(Action::PostDump).into())),
+        }
+        // Looked up first: nothing may fail once the record is written.
+        let (committed, _) = source::step(self.state, Event::CommitRecorded)
+            .map_err(|error| Uncommitted(error.into()))?;
+        let record = CommitRecord {
+            format: Format::CURRENT,
+            migration_id: self.job.migration_id.clone(),
+            namespace: self.job.container.namespace.clone(),
+            container_id: self.job.container.id.clone(),
+            destination_node: self.job.peer_node.clone(),
+            destination_address: self.job.peer_address.clone(),
+            ticket_id: self.job.ticket.id.clone(),
+            init: crate::container::init_process(self.job.init_pid)
+                .map_err(|error| Uncommitted(error.into()))?,
+            state: CommitState::Committing,
+        };
+        if let Some(network) = &self.job.network {
+            network::detach(network)
+                .await
+                .map_err(|error| Uncommitted(SendError::Network(error)))?;
+        }
+        self.write_record(&record).map_err(Uncommitted)?;
+        // N.B. nothing below may fail: the container is the destination's.
+        self.state = committed;
+        self.log.commit();
+        // The shim learns the rest from how this process ends.
+        drop(self.shim.send(&FromEngine::Committed));
+        if let Some(session) = &self.session {
+            // A session that is gone is opened again in `resume`.
+            drop(session.say(ToDestination::Commit(pb::Commit {})).await);
+        }
+        Ok(record)
+    }
+
+    /// Past the commit nothing may end on a transition that does not exist: it
+    /// is logged, and the destination's word is followed.
+    pub(super) fn advance_committed(&mut self, event: Event) {
+        if let Err(error) = self.advance(event) {
+            tracing::error!(%error, "went on although the table has no such row");
+        }
+    }
+
+    /// Notes what the destination said, so that whoever finds the record acts on
+    /// it. What is to be done is done even if the note cannot be made.
+    pub(super) fn mark_record(&self, record: &mut CommitRecord, state: CommitState) {
+        record.state = state;
+        if let Err(error) = self.write_record(record) {
+            tracing::error!(
+                error = crate::error_chain(&error),
+                "cannot update the commit record"
+            );
+        }
+    }
+
+    pub(super) fn write_record(&self, record: &CommitRecord) -> Result<(), SendError> {
+        let error = |source| SendError::File {
+            action: "write",
+            path: self.commit_record.clone(),
+            source,
+        };
+        if let Some(parent) = self.commit_record.parent() {
+            make_dir(parent)?;
+        }
+        let text = serde_json::to_vec(record).map_err(|source| error(source.into()))?;
+        // On a tmpfs, by rename: it has to survive this process, not the node,
+        // whose end would be the container's end too.
+        let partial = self.commit_record.with_extension("partial");
+        fs::write(&partial, text).map_err(error)?;
+        fs::rename(&partial, &self.commit_record).map_err(error)
+    }
+
+    /// After the commit: asks until the destination says what became of the
+    /// container, then ends it here or lets it go on here.
+    pub(super) async fn resume(&mut self, mut record: CommitRecord) -> Result<Summary, SendError> {
+        self.enter(Phase::Resume);
+        let handed_back = self.destinations_word().await;
+        let frozen_at = self.figures.frozen_at.unwrap_or(self.begun);
+        self.figures.blackout = frozen_at.elapsed();
+        self.figures.freeze = self.figures.blackout;
+        if let Some(reason) = handed_back {
+            let error = SendError::HandedBack(reason);
+            self.advance_committed(Event::HandedBack);
+            self.mark_record(&mut record, CommitState::HandedBack);
+            self.unwind(&error).await;
+            return Err(error);
+        }
+        self.advance_committed(Event::Running);
+        self.mark_record(&mut record, CommitState::Released);
+        if let Some(dump) = &mut self.dump {
+            // CRIU ends the tasks. If it cannot, the freezer's kill below does.
+            if let Err(error) = dump.finish(true).await {
+                tracing::warn!(%error, "CRIU did not end the tasks");
+            }
+        }
+        if let Some(frozen) = self.frozen.take() {
+            frozen.kill().await;
+        }
+        self.advance_committed(Event::SourceEnded);
+        // Closing the session in order tells the destination that we have heard.
+        self.session = None;
+        Ok(self.summary())
+    }
+
+    /// Asks until the destination has said what became of the container: none if
+    /// it runs, a reason if it was handed back.
+    pub(super) async fn destinations_word(&mut self) -> Option<String> {
+        let log = self.log.clone();
+        loop {
+            let answer = tokio::select! {
+                biased;
+                answer = limited(Phase::Resume, self.hear_or_ask()) => answer,
+                // Only where the destination's engine cannot say so itself.
+                reason = log.handed_back() => return Some(reason),
+            };
+            match answer {
+                Ok(FromDestination::Running(running)) => {
+                    self.figures.restore_us = running.restore_us;
+                    self.figures.prepare_us = running.prepare_us;
+                    return None;
+                }
+                Ok(FromDestination::HandedBack(back)) => return Some(back.reason),
+                // Said before it heard of the commit.
+                Ok(_) => {}
+                Err(error) => {
+                    let error = crate::error_chain(&error);
+                    tracing::warn!(error, "asking the destination again");
+                    self.advance_committed(Event::PeerLost);
+                    self.session = None;
+                    tokio::select! {
+                        () = tokio::time::sleep(source::ASK_AGAIN_AFTER) => {}
+                        reason = log.handed_back() => return Some(reason),
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) async fn hear_or_ask(&mut self) -> Result<FromDestination, SendError> {
+        match &mut self.session {
+            Some(session) => session.hear().await,
+            None => self.ask_again().await,
+        }
+    }
+
+    pub(super) async fn ask_again(&mut self) -> Result<FromDestination, SendError> {
+        let dialer = Dialer::new(
+            self.job.peer_address.clone(),
+            &self.job.peer_node,
+            &self.job.identity_dir,
+            &self.job.ticket,
+        )?;
+        let session = Session::open(&dialer).await?;
+        session.say(ToDestination::Commit(pb::Commit {})).await?;
+        self.session.insert(session).hear().await
+    }
+}
