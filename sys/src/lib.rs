@@ -1,1 +1,22 @@
-//! The unsafe system interface: userfaultfd, PAGEMAP_SCAN, ptrace injection, pidfd, seccomp listener
+//! The unsafe system interface: userfaultfd, PAGEMAP_SCAN, ptrace injection, pidfd, seccomp listener.
+//!
+//! One module per kernel interface. What a module exports is safe to call unless it is marked `unsafe`; file
+//! descriptors are owned or borrowed, never numbers; errors carry the `errno`.
+
+#[cfg(feature = "testing")]
+pub mod churn;
+pub mod fdpass;
+pub mod inject;
+pub mod memory;
+pub mod netns;
+pub mod packet;
+pub mod pagemap;
+pub mod pidfd;
+pub mod seccomp;
+pub mod signal;
+pub mod spawn;
+pub mod mapping;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+pub mod uffd;
+pub mod uffd_wp;
