@@ -1,0 +1,89 @@
+//! Answers CRIU's system calls when the session is gone.
+//!
+//! While a session lives, its [`Interceptor`](crate::Interceptor) answers. If its
+//! process is killed, the kernel would fail every call that the filter selects
+//! with `ENOSYS`, for as long as CRIU lives, also those that CRIU needs to put the
+//! tasks back. So the helper keeps a copy of the listener and steps in: it makes
+//! the memory dump fail, which makes CRIU undo everything at once, and lets all
+//! else pass.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::thread;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use sys::seccomp::Listener;
+
+use crate::channel::Channel;
+
+/// Starts to watch: the thread sleeps until the session's end of `channel` is
+/// closed, then answers until no process has the filter.
+pub(crate) fn watch(channel: &Channel, listener: &Listener) -> io::Result<()> {
+    let channel = channel.as_fd().try_clone_to_owned()?;
+    let listener = Listener::from(listener.as_fd().try_clone_to_owned()?);
+    thread::Builder::new().name("guard".into()).spawn(move || {
+        wait_for_hangup(&channel);
+        answer_all(&listener);
+    })?;
+    Ok(())
+}
+
+fn wait_for_hangup(channel: &OwnedFd) {
+    // A hang-up is reported without being asked for. Errors other than EINTR
+    // cannot happen here, and stepping in early does no harm.
+    let mut files = [PollFd::new(channel.as_fd(), PollFlags::empty())];
+    while poll(&mut files, PollTimeout::NONE) == Err(nix::Error::EINTR) {}
+}
+
+fn answer_all(listener: &Listener) {
+    while let Ok(Some(call)) = listener.receive() {
+        let answered = if call.number == libc::SYS_ioctl {
+            listener.fail(&call, libc::EIO)
+        } else {
+            listener.pass(&call)
+        };
+        if answered.is_err() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::channel::{Asked, packet_pair};
+    use crate::intercept::filter;
+
+    #[test]
+    fn a_call_is_answered_once_the_session_is_gone() {
+        let (session, helper) = packet_pair().unwrap();
+        let program = filter(Asked::Memory).build();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let caller = thread::spawn(move || {
+            match program.install() {
+                // Not root: nothing to test here.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return None,
+                listener => sender.send(Listener::from(listener.unwrap())).unwrap(),
+            }
+            // Opened relative to a directory, read-only: one of the calls asked about.
+            let root = std::fs::File::open("/").unwrap();
+            let opened = nix::fcntl::openat(
+                &root,
+                "proc",
+                nix::fcntl::OFlag::O_RDONLY,
+                nix::sys::stat::Mode::empty(),
+            );
+            Some(opened.is_ok())
+        });
+        if let Ok(listener) = receiver.recv() {
+            watch(&Channel::from(helper), &listener).unwrap();
+            drop(listener);
+            thread::sleep(Duration::from_millis(20));
+            assert!(!caller.is_finished(), "answered while the session is there");
+            drop(session);
+        }
+        assert_ne!(caller.join().unwrap(), Some(false));
+    }
+}
