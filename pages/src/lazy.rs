@@ -1,0 +1,467 @@
+//! The server behind `restore --lazy-pages`: CRIU hands it the userfaultfd of every process it restores, and it fills
+//! them from [`Staging`].
+//!
+//! ```text
+//!  bind -- CRIU connects -- (pid, userfaultfd)... -- RSTF -- CRIU closes
+//!                             |                        |
+//!                             | faults are served, hot | all pages are placed in the background,
+//!                             | pages placed ahead     | then: Filled, our userfaultfds are closed
+//! ```
+//!
+//! CRIU's side of this is criu/uffd.c; the records are
+//!
+//! * a process: its pid in the innermost pid namespace, positive, as an `int`; then one byte with the userfaultfd;
+//! * a zombie: its pid, negative; nothing follows;
+//! * `RSTF`: everything is restored and tasks are about to resume.
+//!
+//! N.B. A missing page of which nobody holds the userfaultfd reads as zeros. So every one is duplicated and handed out
+//! ([`LazyEvent::Handed`]) before anything else is done with it, and whoever holds the duplicates has to end the
+//! processes, and only then close them, if this server fails or dies.
+
+mod crew;
+mod faults;
+mod fill;
+mod outstanding;
+mod recipient;
+mod report;
+mod signal;
+
+use std::collections::HashSet;
+use std::fs::{self, Permissions};
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use sys::fdpass::recv_with_fds;
+use sys::uffd::Userfaultfd;
+
+use self::crew::{Crew, Message};
+use self::outstanding::Outstanding;
+use self::recipient::{Origin, Recipient};
+pub use self::report::FillReport;
+use self::signal::Signal;
+use crate::{SpaceId, Staging};
+
+/// The name CRIU connects to, in its work directory (criu/uffd.c, `LAZY_PAGES_SOCK_NAME`).
+const SOCKET_NAME: &str = "lazy-pages.socket";
+
+/// `LAZY_PAGES_RESTORE_FINISHED` in criu/uffd.c: "RSTF".
+const RESTORE_FINISHED: i32 = 0x5253_5446;
+
+/// How long the second half of a record may take. CRIU sends it right behind the first.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Which pages are placed before the restore has finished, while CRIU restores the rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Prefill {
+    /// None but those somebody waits for.
+    Off,
+    /// Those that arrived since [`Staging::mark_hot_from_now`].
+    #[default]
+    Hot,
+    /// As many as there is time for, hot ones first. CRIU gets less of the processor then.
+    All,
+}
+
+/// How to fill.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FillOptions {
+    /// Threads that fill in the background, at least one. Page faults have one of their own.
+    pub threads: usize,
+    /// What to place ahead.
+    pub prefill: Prefill,
+}
+
+impl Default for FillOptions {
+    /// Two threads: 7 to 8 GB/s, twice what one does; more of them compete with the tasks that have just resumed.
+    fn default() -> Self {
+        Self {
+            threads: 2,
+            prefill: Prefill::default(),
+        }
+    }
+}
+
+/// What happens while the server runs.
+#[derive(Debug)]
+pub enum LazyEvent {
+    /// A process (or a child it forked, under the parent's id) is about to be filled.
+    Handed {
+        /// Whose memory.
+        space: SpaceId,
+        /// Keeps missing pages missing while it is open. To be kept by another process until `Filled`.
+        guard: OwnedFd,
+    },
+    /// CRIU has restored everything; the tasks are about to resume.
+    RestoreFinished,
+    /// All memory is in place. The guards have to be closed now; that lets the kernel deal with the memory alone.
+    /// Faults are served until the handler of this event returns.
+    Filled,
+}
+
+/// Why memory was not filled. The processes, if any run, must be ended before the guards are closed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LazyError {
+    /// Cannot wait for CRIU or for page faults.
+    #[error("cannot wait for page faults")]
+    Wait(#[source] io::Error),
+    /// Cannot start a thread.
+    #[error("cannot start a thread that fills memory")]
+    Thread(#[source] io::Error),
+    /// The connection to CRIU does not work.
+    #[error("cannot receive from criu on {}", path.display())]
+    Receive {
+        /// The socket.
+        path: PathBuf,
+        /// What went wrong.
+        #[source]
+        source: io::Error,
+    },
+    /// CRIU sent the pid of a process and no userfaultfd.
+    #[error("criu sent no userfaultfd for process {0}")]
+    NoUserfaultfd(SpaceId),
+    /// CRIU sent a process twice.
+    #[error("criu sent process {0} twice")]
+    Twice(SpaceId),
+    /// CRIU closed the connection before all was restored. What is staged is still there: the restore can be repeated
+    /// with another server.
+    #[error("criu ended before the restore had finished")]
+    RestoreFailed,
+    /// Memory is staged for a process that CRIU did not restore.
+    #[error("no process was restored for the memory of space {0}")]
+    NotRestored(SpaceId),
+    /// Cannot make a guard.
+    #[error("cannot duplicate the userfaultfd of space {space}")]
+    Guard {
+        /// Whose.
+        space: SpaceId,
+        /// What dup(2) said.
+        #[source]
+        source: io::Error,
+    },
+    /// A page is staged where the restored process has no mapping that we may fill.
+    #[error("no mapping for the page at {addr:#x} of space {space}")]
+    Homeless {
+        /// Whose page.
+        space: SpaceId,
+        /// Where it belongs.
+        addr: u64,
+    },
+    /// The machine, or the control group of the container, had no memory for too long.
+    #[error("no memory to fill space {space}")]
+    NoMemory {
+        /// Whose page could not be placed.
+        space: SpaceId,
+    },
+    /// A request for a page failed in a way that has no explanation.
+    #[error("cannot place the page at {addr:#x} of space {space}")]
+    Place {
+        /// Whose page.
+        space: SpaceId,
+        /// Where it belongs; 0 when reading events failed.
+        addr: u64,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// [`Canceller::cancel`] was called.
+    #[error("filling was cancelled")]
+    Cancelled,
+}
+
+/// Ends a server from another thread.
+#[derive(Debug, Clone)]
+pub struct Canceller {
+    cancelled: Arc<AtomicBool>,
+    signal: Arc<Signal>,
+}
+
+impl Canceller {
+    /// Has [`LazyServer::run`] return [`LazyError::Cancelled`] soon.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Release);
+        self.signal.raise();
+    }
+}
+
+/// The server, waiting for CRIU.
+#[derive(Debug)]
+pub struct LazyServer {
+    path: PathBuf,
+    listener: UnixListener,
+    canceller: Canceller,
+}
+
+impl LazyServer {
+    /// Listens in CRIU's work directory, which has to be done before CRIU starts to restore. What another server left
+    /// there is replaced.
+    ///
+    /// # Errors
+    ///
+    /// Those of the directory and of bind(2); the path must fit into a socket address, 107 bytes.
+    pub fn bind(work_dir: &Path) -> io::Result<Self> {
+        let path = work_dir.join(SOCKET_NAME);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        fs::set_permissions(&path, Permissions::from_mode(0o600))?;
+        let signal = Arc::new(Signal::new()?);
+        let cancelled = Arc::default();
+        Ok(Self {
+            path,
+            listener,
+            canceller: Canceller { cancelled, signal },
+        })
+    }
+
+    /// Something to end the server with.
+    pub fn canceller(&self) -> Canceller {
+        self.canceller.clone()
+    }
+
+    /// Serves one restore; returns when all memory is in place.
+    ///
+    /// Staging has to be complete. What it holds for the processes is given back bit by bit once the restore has
+    /// finished; before that, an error leaves it as it was.
+    ///
+    /// `events` is called on this thread, in order, and holds up everything but faults while it runs.
+    ///
+    /// # Errors
+    ///
+    /// See [`LazyError`].
+    pub fn run(
+        self,
+        staging: &Staging,
+        options: FillOptions,
+        events: &mut dyn FnMut(LazyEvent),
+    ) -> Result<FillReport, LazyError> {
+        let crew = Crew::new(options.prefill).map_err(LazyError::Wait)?;
+        let outcome = thread::scope(|scope| {
+            // However this ends, the threads have to, or the scope would not.
+            let _stop = StopOnDrop(&crew);
+            let named = |name: &str| thread::Builder::new().name(name.to_owned());
+            named("lazy-faults")
+                .spawn_scoped(scope, || faults::run(&crew))
+                .map_err(LazyError::Thread)?;
+            for _ in 0..options.threads.max(1) {
+                named("lazy-fill")
+                    .spawn_scoped(scope, || fill::run(&crew))
+                    .map_err(LazyError::Thread)?;
+            }
+            let mut session = Session {
+                server: &self,
+                staging,
+                crew: &crew,
+                events,
+                spaces: HashSet::new(),
+            };
+            session.run()
+        });
+        // Children of which nobody was told when it failed: they must not read zeros either.
+        for message in crew.messages() {
+            if let Message::Forked { parent, uffd, .. } = message {
+                events(LazyEvent::Handed {
+                    space: parent,
+                    guard: uffd.into(),
+                });
+            }
+        }
+        outcome
+    }
+}
+
+impl Drop for LazyServer {
+    fn drop(&mut self) {
+        // It is in the way of nobody but a later server, which removes it itself.
+        fs::remove_file(&self.path).ok();
+    }
+}
+
+struct StopOnDrop<'a>(&'a Crew);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+/// What CRIU sent.
+enum Received {
+    Process(SpaceId, OwnedFd),
+    Zombie(SpaceId),
+    Finished,
+    Closed,
+}
+
+/// One restore.
+struct Session<'a> {
+    server: &'a LazyServer,
+    staging: &'a Staging,
+    crew: &'a Crew,
+    events: &'a mut dyn FnMut(LazyEvent),
+    /// The processes CRIU sent, zombies too.
+    spaces: HashSet<SpaceId>,
+}
+
+impl Session<'_> {
+    fn run(&mut self) -> Result<FillReport, LazyError> {
+        let connection = self.accept()?;
+        self.restore(&connection)?;
+        drop(connection);
+
+        let resumed = Instant::now();
+        let before = self.crew.tally.report();
+        self.crew.resume();
+        (self.events)(LazyEvent::RestoreFinished);
+        for space in self.staging.spaces() {
+            if !self.spaces.contains(&space) {
+                return Err(LazyError::NotRestored(space));
+            }
+        }
+        for space in &self.spaces {
+            self.staging.release(*space);
+        }
+        while !self.crew.is_done() {
+            self.wait(None)?;
+        }
+        let duration = resumed.elapsed();
+        (self.events)(LazyEvent::Filled);
+        Ok(FillReport {
+            prefilled_pages: before.pages_copied,
+            present_before_resume: before.present_pages,
+            duration,
+            ..self.crew.tally.report()
+        })
+    }
+
+    fn accept(&mut self) -> Result<UnixStream, LazyError> {
+        while !self.wait(Some(self.server.listener.as_fd()))? {}
+        let accepted = self.server.listener.accept();
+        let (connection, _) = accepted.map_err(|source| self.broken(source))?;
+        connection
+            .set_read_timeout(Some(RECORD_TIMEOUT))
+            .map_err(|source| self.broken(source))?;
+        Ok(connection)
+    }
+
+    /// Takes processes until CRIU has restored them all.
+    fn restore(&mut self, connection: &UnixStream) -> Result<(), LazyError> {
+        loop {
+            while !self.wait(Some(connection.as_fd()))? {}
+            match self.receive(connection)? {
+                Received::Process(id, fd) => {
+                    if !self.spaces.insert(id) {
+                        return Err(LazyError::Twice(id));
+                    }
+                    let outstanding = Outstanding::new(self.staging.seal(id));
+                    let uffd = Userfaultfd::from_fd(fd);
+                    self.take_over(id, Origin::Restored, uffd, outstanding)?;
+                }
+                Received::Zombie(id) => {
+                    self.spaces.insert(id);
+                }
+                Received::Finished => return Ok(()),
+                Received::Closed => return Err(LazyError::RestoreFailed),
+            }
+        }
+    }
+
+    /// The guard first, then everything else.
+    fn take_over(
+        &mut self,
+        id: SpaceId,
+        origin: Origin,
+        uffd: Userfaultfd,
+        outstanding: Outstanding,
+    ) -> Result<(), LazyError> {
+        let tally = Arc::clone(&self.crew.tally);
+        let filled = Arc::clone(&self.crew.news);
+        let space = Recipient::new(id, origin, uffd, outstanding, tally, filled);
+        let guard = space
+            .guard()
+            .map_err(|source| LazyError::Guard { space: id, source })?;
+        (self.events)(LazyEvent::Handed { space: id, guard });
+        self.crew.add(space).map_err(LazyError::Wait)
+    }
+
+    /// Waits until there is something to read from `fd` (true) or news from the crew, which is dealt with.
+    fn wait(&mut self, fd: Option<std::os::fd::BorrowedFd<'_>>) -> Result<bool, LazyError> {
+        let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        let mut fds = vec![
+            readable(self.crew.news.as_fd()),
+            readable(self.server.canceller.signal.as_fd()),
+        ];
+        fds.extend(fd.map(readable));
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(LazyError::Wait(errno.into())),
+        }
+        let is_ready = |index: usize| fds.get(index).and_then(PollFd::any).unwrap_or(false);
+        if self.server.canceller.cancelled.load(Ordering::Acquire) {
+            return Err(LazyError::Cancelled);
+        }
+        if is_ready(0) {
+            self.crew.news.clear();
+            // The first failure ends it, but not before everybody in the same post has a guard.
+            let mut outcome = Ok(());
+            for message in self.crew.messages() {
+                outcome = outcome.and(match message {
+                    Message::Failed(error) => Err(error),
+                    Message::Forked {
+                        parent,
+                        uffd,
+                        outstanding,
+                    } => self.take_over(parent, Origin::Forked, uffd, outstanding),
+                });
+            }
+            outcome?;
+        }
+        Ok(is_ready(2))
+    }
+
+    fn receive(&self, connection: &UnixStream) -> Result<Received, LazyError> {
+        let mut pid = [0; 4];
+        let mut length = 0;
+        while length < pid.len() {
+            let (count, _) = recv_with_fds(connection, &mut pid[length..])
+                .map_err(|source| self.broken(source))?;
+            match count {
+                0 if length == 0 => return Ok(Received::Closed),
+                0 => return Err(self.broken(ErrorKind::UnexpectedEof.into())),
+                count => length += count,
+            }
+        }
+        let pid = i32::from_ne_bytes(pid);
+        let id = SpaceId(pid.unsigned_abs());
+        if pid == RESTORE_FINISHED {
+            return Ok(Received::Finished);
+        }
+        if pid <= 0 {
+            return Ok(Received::Zombie(id));
+        }
+        let (_, mut fds) =
+            recv_with_fds(connection, &mut [0]).map_err(|source| self.broken(source))?;
+        match (fds.pop(), fds.is_empty()) {
+            (Some(fd), true) => Ok(Received::Process(id, fd)),
+            _ => Err(LazyError::NoUserfaultfd(id)),
+        }
+    }
+
+    fn broken(&self, source: io::Error) -> LazyError {
+        LazyError::Receive {
+            path: self.server.path.clone(),
+            source,
+        }
+    }
+}
