@@ -1,0 +1,400 @@
+//! A container that arrives from another node.
+//!
+//! `Create` starts the engine and returns when that listens; the root file
+//! system is not mounted yet, because the engine still fills its writable
+//! layer. `Start` waits for the arrival. One task, begun in `Create`, follows
+//! the engine:
+//!
+//! ```text
+//!   listening --Restore--> restoring --Restored--> restored --Running--> settling --Settled--> done
+//!       |                      |                      |                     |
+//!       +---- Failed, engine gone, Kill, Delete ------+                     +-- engine gone:
+//!             undone; Start answers why                                         killed
+//! ```
+//!
+//! While memory settles the engine answers page faults. If it dies, the kernel
+//! would resolve the rest of them with zeros, unless somebody holds duplicates
+//! of the userfaultfds: this task does (the guards), kills every process, and
+//! only then lets go. A container that read zeros for its data never runs on.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use nodeapi::{FromEngine, Incoming, ReceiveJob, RestoreFlags, RestoreOrder, ToEngine};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::bundle::Spec;
+use crate::container::Container;
+use crate::engine_link::Engine;
+use crate::error::{Error, Result};
+use crate::reaper::Exit;
+use crate::restore::{self, Restore};
+use crate::runc::RestoreArgs;
+use crate::state::{Activity, State};
+
+/// runc's annotation for a file of CRIU options, in place of /etc/criu/runc.conf.
+const CRIU_CONFIG: &str = "org.criu.config";
+/// That file, where nothing else is said.
+const CRIU_DEFAULT: &str = "/etc/criu/runc.conf";
+
+/// How the arrival of a container is waited for and called off.
+#[derive(Debug)]
+pub(crate) struct Arrival {
+    start_wanted: watch::Sender<bool>,
+    outcome: watch::Sender<Option<std::result::Result<u32, String>>>,
+    cancelled: CancellationToken,
+    cancel_reason: watch::Sender<String>,
+    ended: CancellationToken,
+}
+
+impl Arrival {
+    /// Nothing has happened yet.
+    pub(crate) fn new() -> Self {
+        Self {
+            start_wanted: watch::Sender::new(false),
+            outcome: watch::Sender::new(None),
+            cancelled: CancellationToken::new(),
+            cancel_reason: watch::Sender::new(String::new()),
+            ended: CancellationToken::new(),
+        }
+    }
+
+    /// Serves `Start`: answers the pid when the container runs.
+    pub(crate) async fn start(&self, id: &str) -> Result<u32> {
+        self.start_wanted.send_replace(true);
+        let mut outcome = self.outcome.subscribe();
+        let outcome = outcome
+            .wait_for(Option::is_some)
+            .await
+            .map(|outcome| outcome.clone());
+        match outcome {
+            Ok(Some(Ok(pid))) => Ok(pid),
+            Ok(Some(Err(reason))) => Err(Error::NotReceived {
+                id: id.to_owned(),
+                reason,
+            }),
+            // The sender lives in `self`.
+            Ok(None) | Err(_) => Err(Error::NoContainer),
+        }
+    }
+
+    /// Calls it off, if it has not happened.
+    pub(crate) fn cancel(&self, reason: &str) {
+        self.cancel_reason.send_if_modified(|known| {
+            let first = known.is_empty();
+            if first {
+                *known = reason.to_owned();
+            }
+            first
+        });
+        self.cancelled.cancel();
+    }
+
+    /// Waits until what was called off is cleaned up.
+    pub(crate) async fn ended(&self) {
+        self.ended.cancelled().await;
+    }
+
+    fn cancel_reason(&self) -> String {
+        self.cancel_reason.borrow().clone()
+    }
+}
+
+/// Serves `Create` for a container that is expected.
+pub(crate) async fn prepare(container: &Arc<Container>, incoming: Incoming) -> Result<()> {
+    let job = ToEngine::Receive(Box::new(ReceiveJob {
+        incoming,
+        container: container.facts(),
+    }));
+    let engine = Engine::start(&container.context, &job).await?;
+    let Some(arrival) = container.arrival.clone() else {
+        return Err(Error::Engine {
+            what: "was started for a container that is not expected".to_owned(),
+        });
+    };
+    let receiver = Receiver {
+        container: Arc::clone(container),
+        arrival,
+        engine,
+        guards: Vec::new(),
+    };
+    tokio::spawn(receiver.run());
+    Ok(())
+}
+
+struct Receiver {
+    container: Arc<Container>,
+    arrival: Arc<Arrival>,
+    engine: Engine,
+    /// See the module's documentation.
+    guards: Vec<OwnedFd>,
+}
+
+/// Why the container does not arrive.
+#[derive(Debug)]
+struct GivenUp {
+    reason: String,
+    /// The engine knows it, or is gone.
+    engine_knows: bool,
+}
+
+type Step<T> = std::result::Result<T, GivenUp>;
+
+impl Receiver {
+    async fn run(mut self) {
+        // Create holds the gate until it has announced the container; then it
+        // is ours until its start is announced.
+        let gate = Arc::clone(&self.container.init.gate).lock_owned().await;
+        match self.arrive().await {
+            Ok(pid) => {
+                let container = Arc::clone(&self.container);
+                container.enter(State::Running);
+                container.set_activity(Activity::Settling);
+                container.publish_start();
+                drop(gate);
+                self.arrival.outcome.send_replace(Some(Ok(pid)));
+                let arrival = Arc::clone(&self.arrival);
+                self.settle().await;
+                arrival.ended.cancel();
+            }
+            Err(given_up) => {
+                tracing::warn!(
+                    id = self.container.id,
+                    reason = given_up.reason,
+                    "did not arrive"
+                );
+                let reason = given_up.reason.clone();
+                let (arrival, container) = (Arc::clone(&self.arrival), Arc::clone(&self.container));
+                self.undo(given_up).await;
+                drop(gate);
+                if container.init.pid() == 0 {
+                    // Nobody else will say that it is over.
+                    container.enter(State::Stopped);
+                    container.init.set_exit(Exit::assumed(255));
+                }
+                arrival.outcome.send_replace(Some(Err(reason)));
+                arrival.ended.cancel();
+            }
+        }
+    }
+
+    async fn arrive(&mut self) -> Step<u32> {
+        let order = loop {
+            if let FromEngine::Restore(order) = self.next().await? {
+                break order;
+            }
+        };
+        self.start_wanted().await?;
+        let pid = match self.restore(&order).await {
+            Ok(pid) => pid,
+            Err(given_up) => {
+                if !given_up.engine_knows {
+                    let told = ToEngine::RestoreFailed {
+                        reason: given_up.reason.clone(),
+                    };
+                    // One that is gone needs not be told.
+                    drop(self.engine.send(&told).await);
+                }
+                return Err(given_up);
+            }
+        };
+        self.engine
+            .send(&ToEngine::Restored { pid })
+            .await
+            .map_err(|error| GivenUp {
+                reason: error.chain(),
+                engine_knows: true,
+            })?;
+        loop {
+            if self.next().await? == FromEngine::Running {
+                return Ok(pid);
+            }
+        }
+    }
+
+    /// The next message; guards are put away. Fails when the engine failed, is
+    /// gone, or the arrival was called off.
+    async fn next(&mut self) -> Step<FromEngine> {
+        let message = tokio::select! {
+            () = self.arrival.cancelled.cancelled() => {
+                return Err(GivenUp {
+                    reason: self.arrival.cancel_reason(),
+                    engine_knows: false,
+                });
+            }
+            message = self.engine.next() => message,
+        };
+        match message {
+            Some((FromEngine::Failed { reason }, _)) => Err(GivenUp {
+                reason,
+                engine_knows: true,
+            }),
+            Some((message, fds)) => {
+                self.guards.extend(fds);
+                Ok(message)
+            }
+            None => Err(GivenUp {
+                reason: format!(
+                    "the migration engine is gone, {}",
+                    self.engine.how_it_ended().await
+                ),
+                engine_knows: true,
+            }),
+        }
+    }
+
+    /// Without a client that wants it to run, it does not.
+    async fn start_wanted(&mut self) -> Step<()> {
+        let mut wanted = self.arrival.start_wanted.subscribe();
+        loop {
+            tokio::select! {
+                _ = wanted.wait_for(|wanted| *wanted) => return Ok(()),
+                message = self.next() => { message?; }
+            }
+        }
+    }
+
+    /// Has runc restore the container, and gives up with the engine.
+    async fn restore(&mut self, order: &RestoreOrder) -> Step<u32> {
+        let container = Arc::clone(&self.container);
+        let own = |error: Error| GivenUp {
+            reason: error.chain(),
+            engine_knows: false,
+        };
+        container.mount_rootfs().await.map_err(own)?;
+        write_criu_config(&container, order.flags).map_err(own)?;
+        let mut restore = Restore::begin(&container, &restore_args(order), &order.images)
+            .await
+            .map_err(own)?;
+        let finished = loop {
+            tokio::select! {
+                finished = restore.finish() => break finished,
+                message = self.next() => {
+                    if let Err(given_up) = message {
+                        restore.abandon().await;
+                        return Err(given_up);
+                    }
+                }
+            }
+        };
+        finished.map_err(|error| GivenUp {
+            reason: restore::explain(&error, &order.work_dir),
+            engine_knows: false,
+        })
+    }
+
+    /// Takes everything back that was done for a container that did not arrive.
+    async fn undo(self, given_up: GivenUp) {
+        let Self {
+            container,
+            engine,
+            guards,
+            ..
+        } = self;
+        if container.init.pid() != 0 {
+            kill_all(&container).await;
+            container.discard_in_runc().await;
+        }
+        // Not before the processes are gone.
+        drop(guards);
+        if given_up.engine_knows {
+            tokio::spawn(engine.see_off());
+        } else {
+            engine.stop(&given_up.reason).await;
+        }
+        container.discard().await;
+    }
+
+    /// Holds the guards until all memory is in place.
+    async fn settle(mut self) {
+        let id = self.container.id.clone();
+        loop {
+            match self.engine.next().await {
+                Some((FromEngine::Settled, _)) => {
+                    drop(std::mem::take(&mut self.guards));
+                    let settled = {
+                        let mut view = self.container.view();
+                        let settled = view.activity == Activity::Settling;
+                        if settled {
+                            view.activity = Activity::Idle;
+                        }
+                        settled
+                    };
+                    if settled {
+                        self.container.publish_record();
+                    }
+                    tracing::info!(id, "settled");
+                    self.engine.see_off().await;
+                    return;
+                }
+                Some((_, fds)) => self.guards.extend(fds),
+                None => break,
+            }
+        }
+        let ended = self.engine.how_it_ended().await;
+        tracing::error!(
+            id,
+            ended,
+            "engine died while memory was missing: the container is killed"
+        );
+        kill_all(&self.container).await;
+        drop(self.guards);
+    }
+}
+
+/// Kills every process of a container and waits until they are gone.
+async fn kill_all(container: &Container) {
+    let cgroup = container.view().cgroup.clone();
+    if let Some(cgroup) = cgroup {
+        match cgroup.kill().await {
+            Ok(()) => return,
+            Err(error) => tracing::error!(%error, id = container.id, "cannot kill by cgroup"),
+        }
+    }
+    let pid = container.init.pid();
+    if pid != 0
+        && container.init.exit().is_none()
+        && let Err(error) = sys::signal::send(pid.cast_signed(), libc::SIGKILL)
+    {
+        tracing::error!(%error, pid, "cannot kill the first process");
+    }
+}
+
+fn restore_args(order: &RestoreOrder) -> RestoreArgs {
+    let mut flags = restore::flags(order.flags);
+    if order.lazy_pages {
+        flags.push("--lazy-pages");
+    }
+    RestoreArgs {
+        images: order.images.clone(),
+        work_dir: order.work_dir.clone(),
+        parent: None,
+        flags,
+    }
+}
+
+/// Writes CRIU's options for which runc has no flag. What the operator wrote
+/// for this container or this node stays in force.
+fn write_criu_config(container: &Container, flags: RestoreFlags) -> Result<()> {
+    let mut spec = Spec::read(&container.bundle)?;
+    let path = container.bundle.join("sterna-criu.conf");
+    let own = path.display().to_string();
+    let before = match spec.annotation(CRIU_CONFIG) {
+        Some(named) if named != own => PathBuf::from(named),
+        _ => PathBuf::from(CRIU_DEFAULT),
+    };
+    let mut text = fs::read_to_string(&before).unwrap_or_default();
+    if !text.is_empty() && !text.ends_with('\n') {
+        text.push('\n');
+    }
+    // CRIU's more talkative levels cost as much time as the restore itself.
+    text.push_str("verbosity 1\n");
+    if flags.tcp_close {
+        text.push_str("tcp-close\n");
+    }
+    fs::write(&path, text).map_err(Error::io("write", &path))?;
+    spec.set_annotation(CRIU_CONFIG, &own)
+}
