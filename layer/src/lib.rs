@@ -24,6 +24,7 @@ mod error;
 mod inode;
 mod mapped;
 mod meta;
+mod output;
 mod place;
 mod scan;
 mod tree;

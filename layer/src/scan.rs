@@ -11,10 +11,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::fs::{Dir, Mode, OFlags, ResolveFlags, openat2, readlinkat};
 use rustix::io::Errno;
 
-use crate::content::{self, Chunk, Chunks, Digests};
+use crate::content::Digests;
 use crate::entry::{Entry, Item, Kind, MAX_DEPTH};
 use crate::error::{LayerError, Stopped};
 use crate::inode::{Inode, Key, Stamp, pin, proc_path, reopen};
+use crate::output::{Output, Sending, Unread};
 use crate::tree::{Inodes, Known, Node, join, subtree};
 use crate::xattr;
 
@@ -120,11 +121,10 @@ impl Scanner {
                 .iter()
                 .filter_map(|path| self.resolve(path))
                 .collect(),
-            emit,
-            report: PassReport::default(),
+            output: Output::new(emit),
         };
         let tree = pass.root(self.root.as_fd(), self.tree.take())?;
-        let (inodes, mut report) = (pass.inodes, pass.report);
+        let (inodes, mut report) = (pass.inodes, pass.output.report);
         self.tree = Some(tree);
         self.inodes = inodes;
         self.broken = false;
@@ -148,8 +148,7 @@ struct Pass<'a> {
     former: Inodes,
     inodes: Inodes,
     suspects: HashSet<Key>,
-    emit: &'a mut dyn FnMut(Item) -> Result<(), Stopped>,
-    report: PassReport,
+    output: Output<'a>,
 }
 
 /// Where a file is: its directory, its name there, its path.
@@ -212,7 +211,7 @@ impl Pass<'_> {
         {
             if !(had && known.kept) {
                 let link = known.leader.clone();
-                self.entry(Entry {
+                self.output.entry(Entry {
                     kind: Kind::Hardlink,
                     path: place.path.to_owned(),
                     link,
@@ -302,7 +301,7 @@ impl Pass<'_> {
                 }
                 Err(Failure::Error(error)) => return Err(error),
             };
-            self.entry(entry)?;
+            self.output.entry(entry)?;
         }
         let mut before = old.map(|node| node.children).unwrap_or_default();
         for (name, node) in &before {
@@ -355,7 +354,7 @@ impl Pass<'_> {
                 })?;
             entry.link = PathBuf::from(OsStr::from_bytes(target.as_bytes()));
         }
-        self.entry(entry)?;
+        self.output.entry(entry)?;
         Ok(self.known(place, inode, Digests::new(), false))
     }
 
@@ -377,13 +376,11 @@ impl Pass<'_> {
             None => (Digests::new(), false),
         };
         let file = open(place, inode)?;
-        let mut sending = Sending {
-            entry: Some(Entry {
-                keep,
-                ..self.described(place, inode)?
-            }),
-            pass: self,
+        let entry = Entry {
+            keep,
+            ..self.described(place, inode)?
         };
+        let mut sending = Sending::new(&mut self.output, entry);
         if !doubtful {
             sending.announce()?;
         }
@@ -449,85 +446,9 @@ impl Pass<'_> {
 
     fn remove(&mut self, path: &Path, node: &Node) -> Result<(), LayerError> {
         for path in subtree(path, node) {
-            (self.emit)(Item::Remove(path))?;
-            self.report.removed += 1;
+            self.output.remove(path)?;
         }
         Ok(())
-    }
-
-    fn entry(&mut self, entry: Entry) -> Result<(), Stopped> {
-        self.report.files += 1;
-        (self.emit)(Item::Entry(entry))
-    }
-}
-
-/// A regular file on its way.
-struct Sending<'a, 'b> {
-    /// Not sent yet.
-    entry: Option<Entry>,
-    pass: &'a mut Pass<'b>,
-}
-
-enum Unread {
-    Read(std::io::Error),
-    Stopped(Stopped),
-}
-
-impl From<Stopped> for Unread {
-    fn from(stopped: Stopped) -> Self {
-        Self::Stopped(stopped)
-    }
-}
-
-impl Sending<'_, '_> {
-    fn announce(&mut self) -> Result<(), Stopped> {
-        match self.entry.take() {
-            Some(entry) => self.pass.entry(entry),
-            None => Ok(()),
-        }
-    }
-
-    fn data(&mut self, (offset, content): (u64, bytes::Bytes)) -> Result<(), Stopped> {
-        self.announce()?;
-        self.pass.report.bytes += content.len() as u64;
-        (self.pass.emit)(Item::Data { offset, content })
-    }
-
-    /// Sends the chunks that differ from what the receiver has.
-    fn content(&mut self, file: &File, size: u64, before: &Digests) -> Result<Digests, Unread> {
-        let mut before = before.iter().copied().peekable();
-        let mut digests = Digests::new();
-        for chunk in Chunks::new(file, size) {
-            let chunk = chunk.map_err(Unread::Read)?;
-            while let Some((number, _)) = before.next_if(|(number, _)| *number < chunk.number) {
-                self.clear(number, size)?;
-            }
-            let known = before
-                .next_if(|(number, _)| *number == chunk.number)
-                .map(|(_, digest)| digest);
-            self.chunk(&chunk, known)?;
-            if chunk.digest != 0 {
-                digests.push((chunk.number, chunk.digest));
-            }
-        }
-        for (number, _) in before {
-            self.clear(number, size)?;
-        }
-        Ok(digests)
-    }
-
-    fn chunk(&mut self, chunk: &Chunk, known: Option<content::Digest>) -> Result<(), Stopped> {
-        match known {
-            Some(digest) if digest == chunk.digest => Ok(()),
-            Some(_) => self.data(chunk.whole()),
-            None if chunk.digest == 0 => Ok(()),
-            None => chunk.pieces().try_for_each(|piece| self.data(piece)),
-        }
-    }
-
-    /// What was content became a hole.
-    fn clear(&mut self, number: u64, size: u64) -> Result<(), Stopped> {
-        content::zeros(number, size).map_or(Ok(()), |zeros| self.data(zeros))
     }
 }
 
