@@ -33,6 +33,7 @@ mod process;
 mod serve;
 mod side;
 mod startup;
+mod sweep;
 
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
@@ -44,6 +45,8 @@ use identity::{Authority, IdentityError, NodeIdentity, NodeName};
 use tracing_subscriber::EnvFilter;
 
 const DEFAULT_CONFIG: &str = "/etc/sterna/sternad.toml";
+/// The netlink crate warns of every attribute that is newer than it.
+const DEFAULT_LOG: &str = "info,netlink_packet_route=error";
 const DEFAULT_IDENTITY_DIR: &str = "/etc/sterna/pki";
 
 /// Sterna's node agent.
@@ -114,7 +117,8 @@ fn main() -> ExitCode {
 }
 
 fn run(config: Option<&Path>, log_json: bool) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_from_env("STERNA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter =
+        EnvFilter::try_from_env("STERNA_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())

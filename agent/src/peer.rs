@@ -36,19 +36,22 @@ pub(crate) struct Peer {
     client: PeerClient<Channel>,
 }
 
+/// Whether the node's address is known; if not, the words for it.
+pub(crate) async fn resolve(local: &Node, node: &NodeName) -> Result<(), String> {
+    let address = local.config.peer_address(node);
+    let Err(error) = tokio::net::lookup_host(&address).await else {
+        return Ok(());
+    };
+    let (host, _) = address.rsplit_once(':').unwrap_or((&address, ""));
+    Err(format!(
+        "node {node} is unknown here: {host:?} does not resolve ({error}); give its address in [peers] of sternad.toml"
+    ))
+}
+
 impl Peer {
     /// Connects, and checks that whoever answers is `node`.
     pub(crate) async fn connect(local: &Node, node: &NodeName) -> Result<Self, Failure> {
         let address = local.config.peer_address(node);
-        let (host, _) = address.rsplit_once(':').unwrap_or((&address, ""));
-        if let Err(error) = tokio::net::lookup_host(&address).await {
-            return Err(Failure::new(
-                Side::Source,
-                format!(
-                    "node {node} is unknown here: {host:?} is not in [peers] of sternad.toml and does not resolve ({error})"
-                ),
-            ));
-        }
         let tls = local
             .identity
             .client_config(node.as_str())
@@ -112,6 +115,11 @@ impl Peer {
         }
     }
 
+    /// Whether the node's sternad can be reached now, and if not, who is to blame.
+    pub(crate) async fn probe(&self) -> Result<(), Failure> {
+        knock(&self.node, &self.address).await
+    }
+
     /// The connection broke: is it the node's sternad or the way there?
     pub(crate) async fn lost(&self, reason: &str) -> Failure {
         unreachable(&self.node, &self.address, reason).await
@@ -126,25 +134,31 @@ pub(crate) fn within<T>(limit: Duration, message: T) -> Request<T> {
 }
 
 async fn unreachable(node: &NodeName, address: &str, reason: &str) -> Failure {
-    match timeout(PROBE_TIMEOUT, TcpStream::connect(address)).await {
-        Ok(Ok(_)) => Failure::new(
+    match knock(node, address).await {
+        Ok(()) => Failure::new(
             Side::DestinationAgent,
             format!("sternad of node {node} ({address}) ended the connection: {reason}"),
         ),
-        Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Failure::new(
+        Err(failure) => failure,
+    }
+}
+
+async fn knock(node: &NodeName, address: &str) -> Result<(), Failure> {
+    let no_way = |reason: String| {
+        let text = format!("node {node} ({address}) cannot be reached: {reason}");
+        Failure::new(Side::Link, text)
+    };
+    match timeout(PROBE_TIMEOUT, TcpStream::connect(address)).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Err(Failure::new(
             Side::DestinationAgent,
             format!("sternad of node {node} is not running: {address} refuses connections"),
-        ),
-        Ok(Err(error)) => Failure::new(
-            Side::Link,
-            format!("node {node} ({address}) cannot be reached: {error}"),
-        ),
-        Err(_) => Failure::new(
-            Side::Link,
-            format!(
-                "node {node} ({address}) cannot be reached: no answer within {PROBE_TIMEOUT:?}"
-            ),
-        ),
+        )),
+        Ok(Err(error)) => Err(no_way(error.to_string())),
+        Err(_) => Err(no_way(format!(
+            "no answer within {} s",
+            PROBE_TIMEOUT.as_secs()
+        ))),
     }
 }
 

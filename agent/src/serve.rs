@@ -1,8 +1,12 @@
 //! sternad at work: both doors, until it is told to stop.
 
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -24,6 +28,7 @@ use crate::local_service::LocalService;
 use crate::node::Node;
 use crate::peer_service::PeerService;
 use crate::startup;
+use crate::sweep;
 
 /// Largest message that another node may send: a container's description of at
 /// most 2 MiB and everything around it.
@@ -39,10 +44,7 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(4);
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Runs until SIGTERM or SIGINT.
-pub(crate) async fn run(
-    config: Config,
-    notify_socket: Option<std::ffi::OsString>,
-) -> anyhow::Result<()> {
+pub(crate) async fn run(config: Config, notify_socket: Option<OsString>) -> anyhow::Result<()> {
     let started = SystemTime::now();
     let node = Node::load(config)?;
     let socket = node.run_dir.agent_socket();
@@ -60,6 +62,8 @@ pub(crate) async fn run(
     let stop = CancellationToken::new();
     let arrivals = Arrivals::new(Arc::clone(&node));
     let departures = Departures::new(Arc::clone(&node));
+    departures.resume();
+    tokio::spawn(sweep::follow_deletions(Arc::clone(&node)));
     tokio::spawn(startup::clean_containerd(Arc::clone(&node), started));
 
     let peers = listener::accept(Arc::clone(&node), tcp, stop.clone());
@@ -168,11 +172,39 @@ fn accept_root(
 }
 
 /// Tells systemd, if it wants to know (sd_notify(3)).
-fn notify(socket: Option<&std::ffi::OsStr>, state: &str) {
+fn notify(socket: Option<&OsStr>, state: &str) {
     let Some(path) = socket else { return };
-    let sent = std::os::unix::net::UnixDatagram::unbound()
-        .and_then(|datagram| datagram.send_to(state.as_bytes(), path));
+    let sent = notify_address(path)
+        .and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
     if let Err(error) = sent {
         tracing::warn!(%error, "cannot notify the service manager");
+    }
+}
+
+/// A path, or, with an @ before it, a name in the abstract namespace.
+fn notify_address(path: &OsStr) -> io::Result<SocketAddr> {
+    match path.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(path),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_service_manager_is_found_by_path_and_by_abstract_name() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("notify");
+        let manager = UnixDatagram::bind(&path).unwrap();
+        notify(Some(path.as_os_str()), "READY=1");
+        let mut buffer = [0; 64];
+        let length = manager.recv(&mut buffer).unwrap();
+        assert_eq!(&buffer[..length], b"READY=1");
+
+        let abstract_name = notify_address(OsStr::new("@/org/systemd")).unwrap();
+        assert_eq!(abstract_name.as_abstract_name(), Some(&b"/org/systemd"[..]));
+        notify(None, "READY=1");
     }
 }

@@ -3,7 +3,6 @@
 //! Containers that were on their way here when it ended are left to their engines:
 //! one that arrives is kept, one that does not is removed.
 
-use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -17,7 +16,6 @@ use tracing::Instrument as _;
 
 use crate::arrivals::admission::{self, Fate};
 use crate::arrivals::prepare;
-use crate::departures::sweep_logs;
 use crate::node::Node;
 use crate::process;
 
@@ -99,7 +97,6 @@ async fn clean_namespaces(node: &Arc<Node>, started: SystemTime) -> anyhow::Resu
         let created = created.and_then(|created| SystemTime::try_from(created).ok());
         created.is_none_or(|created| created < started)
     };
-    let mut known = HashSet::new();
     for name in node.containerd.namespaces().await? {
         let containerd = node.containerd.namespace(&name)?;
         for container in containerd
@@ -119,12 +116,7 @@ async fn clean_namespaces(node: &Arc<Node>, started: SystemTime) -> anyhow::Resu
                 containerd.delete_lease(&lease.id).await?;
             }
         }
-        for id in containerd.container_ids().await? {
-            known.insert((name.clone(), id));
-        }
     }
-    let exists = |namespace: &str, id: &str| known.contains(&(namespace.to_owned(), id.to_owned()));
-    sweep_logs(&node.config.log_dir, exists)?;
     Ok(())
 }
 

@@ -10,11 +10,15 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread;
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use sys::seccomp::Listener;
 
 use crate::channel::Channel;
+
+/// How long a call may wait for a session's interceptor: fifty times what one takes.
+const GRACE: Duration = Duration::from_micros(500);
 
 /// Starts to watch: the thread sleeps until the session's end of `channel` is
 /// closed, then answers until no process has the filter.
@@ -36,7 +40,10 @@ fn wait_for_hangup(channel: &OwnedFd) {
 }
 
 fn answer_all(listener: &Listener) {
-    while let Ok(Some(call)) = listener.receive() {
+    while wait_for_unanswered(listener) {
+        let Ok(Some(call)) = listener.receive() else {
+            return;
+        };
         let answered = if call.number == libc::SYS_ioctl {
             listener.fail(&call, libc::EIO)
         } else {
@@ -48,10 +55,29 @@ fn answer_all(listener: &Listener) {
     }
 }
 
+/// Waits for a call that nobody takes; whether there may be one.
+///
+/// When a session is dropped, its interceptor goes on, and would have to wait for
+/// ever (on kernels before 6.11) in the system call that takes a call, if we took
+/// it first.
+fn wait_for_unanswered(listener: &Listener) -> bool {
+    loop {
+        let mut files = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        let is_pending = |files: &[PollFd<'_>; 1]| files[0].any().unwrap_or(false);
+        match poll(&mut files, PollTimeout::NONE) {
+            Err(nix::Error::EINTR) => continue,
+            Err(_) => return false,
+            Ok(_) => {}
+        }
+        thread::sleep(GRACE);
+        if poll(&mut files, PollTimeout::ZERO).is_ok() && is_pending(&files) {
+            return true;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::channel::{Asked, packet_pair};
     use crate::intercept::filter;

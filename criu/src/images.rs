@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// First magic number of image files since CRIU 1.0 (`IMG_COMMON_MAGIC`).
@@ -20,8 +21,18 @@ const LIMIT_BYTES: u64 = 256 << 20;
 /// Field `flags` of `pagemap_entry`.
 const FLAGS_FIELD: u64 = 4;
 
+/// Other fields of it: `vaddr`, `compat_nr_pages`, `nr_pages`.
+const ADDRESS_FIELD: u64 = 1;
+const OLD_PAGES_FIELD: u64 = 2;
+const PAGES_FIELD: u64 = 5;
+
 /// `PE_LAZY`: the page is served by the lazy-pages daemon.
-const PE_LAZY: u8 = 1 << 1;
+const PE_LAZY: u64 = 1 << 1;
+
+/// `PE_PRESENT`: the page is in the images.
+const PE_PRESENT: u64 = 1 << 2;
+
+const PAGE_BYTES: u64 = 4096;
 
 /// Why an image file cannot be changed.
 #[derive(Debug, thiserror::Error)]
@@ -69,38 +80,96 @@ pub enum ImageError {
 /// When a file cannot be read or written, or is none of CRIU's; files before it
 /// may have been changed.
 pub fn clear_lazy(directory: &Path) -> Result<u64, ImageError> {
-    let failed = |operation, path: &Path| {
-        let path = path.to_owned();
-        move |source| ImageError::Io {
-            operation,
-            path,
-            source,
-        }
-    };
     let mut cleared = 0;
-    for entry in fs::read_dir(directory).map_err(failed("list", directory))? {
-        let path = entry.map_err(failed("list", directory))?.path();
-        if !is_pagemap(&path) {
-            continue;
-        }
-        let bytes = fs::metadata(&path).map_err(failed("read", &path))?.len();
-        if bytes > LIMIT_BYTES {
-            return Err(ImageError::TooLarge { path, bytes });
-        }
-        let mut image = fs::read(&path).map_err(failed("read", &path))?;
-        let changed = clear_flags(&mut image).map_err(|Malformed { reason, offset }| {
-            ImageError::Malformed {
-                path: path.clone(),
-                reason,
-                offset,
-            }
-        })?;
+    for path in pagemaps(directory)? {
+        let mut image = read(&path)?;
+        let changed = clear_flags(&mut image).map_err(|wrong| wrong.of(&path))?;
         if changed != 0 {
-            fs::write(&path, &image).map_err(failed("write", &path))?;
+            fs::write(&path, &image).map_err(io_error("write", &path))?;
             cleared += changed;
         }
     }
     Ok(cleared)
+}
+
+/// The pages of one process that lie in the images.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DumpedPages {
+    /// The process, in its own pid namespace.
+    pub pid: u32,
+    /// Where its pages are, ascending.
+    pub ranges: Vec<Range<u64>>,
+}
+
+/// The pages that CRIU dumped itself, of all processes: a restore puts them into
+/// memory, and nobody else must.
+///
+/// # Errors
+///
+/// When a file cannot be read, or is none of CRIU's.
+pub fn dumped_pages(directory: &Path) -> Result<Vec<DumpedPages>, ImageError> {
+    let mut dumped = Vec::new();
+    for path in pagemaps(directory)? {
+        // Those of shared memory are named otherwise.
+        let Some(pid) = process_of(&path) else {
+            continue;
+        };
+        let mut ranges = Vec::new();
+        entries(&read(&path)?, |entry| {
+            if entry
+                .flags
+                .is_some_and(|(_, flags)| flags & PE_PRESENT != 0)
+            {
+                let length = entry.pages.saturating_mul(PAGE_BYTES);
+                ranges.push(entry.address..entry.address.saturating_add(length));
+            }
+        })
+        .map_err(|wrong| wrong.of(&path))?;
+        dumped.push(DumpedPages { pid, ranges });
+    }
+    Ok(dumped)
+}
+
+fn io_error<'a>(
+    operation: &'static str,
+    path: &'a Path,
+) -> impl FnOnce(io::Error) -> ImageError + 'a {
+    move |source| ImageError::Io {
+        operation,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn pagemaps(directory: &Path) -> Result<Vec<PathBuf>, ImageError> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).map_err(io_error("list", directory))? {
+        let path = entry.map_err(io_error("list", directory))?.path();
+        if is_pagemap(&path) {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, ImageError> {
+    let bytes = fs::metadata(path).map_err(io_error("read", path))?.len();
+    if bytes > LIMIT_BYTES {
+        return Err(ImageError::TooLarge {
+            path: path.to_owned(),
+            bytes,
+        });
+    }
+    fs::read(path).map_err(io_error("read", path))
+}
+
+/// `pagemap-PID.img`
+fn process_of(path: &Path) -> Option<u32> {
+    let name = path.file_name()?.to_str()?;
+    name.strip_prefix("pagemap-")?
+        .strip_suffix(".img")?
+        .parse()
+        .ok()
 }
 
 fn is_pagemap(path: &Path) -> bool {
@@ -114,9 +183,27 @@ struct Malformed {
     offset: usize,
 }
 
-/// Clears the flag in every entry of a pagemap image, in place: the value keeps
-/// its length.
-fn clear_flags(image: &mut [u8]) -> Result<u64, Malformed> {
+impl Malformed {
+    fn of(self, path: &Path) -> ImageError {
+        ImageError::Malformed {
+            path: path.to_owned(),
+            reason: self.reason,
+            offset: self.offset,
+        }
+    }
+}
+
+/// `pagemap_entry`, as far as it matters.
+#[derive(Debug, Default)]
+struct Entry {
+    address: u64,
+    pages: u64,
+    /// Where the value is, and the value.
+    flags: Option<(usize, u64)>,
+}
+
+/// Reads all entries of a pagemap image.
+fn entries(image: &[u8], mut found: impl FnMut(Entry)) -> Result<(), Malformed> {
     let mut reader = Reader {
         bytes: image,
         position: 0,
@@ -124,7 +211,6 @@ fn clear_flags(image: &mut [u8]) -> Result<u64, Malformed> {
     if reader.word()? != COMMON_MAGIC || reader.word()? != PAGEMAP_MAGIC {
         return Err(reader.malformed("wrong magic number"));
     }
-    let mut flags = Vec::new();
     let mut is_head = true;
     while reader.position < reader.bytes.len() {
         let length = reader.word()? as usize;
@@ -132,27 +218,47 @@ fn clear_flags(image: &mut [u8]) -> Result<u64, Malformed> {
         if end > reader.bytes.len() {
             return Err(reader.malformed("a message ends behind the file"));
         }
+        let mut entry = Entry::default();
         while reader.position < end {
             let (field, value) = reader.field()?;
-            // The first message is the head: no entry.
-            if !is_head && field == FLAGS_FIELD {
-                flags.extend(value);
+            match (field, value) {
+                (ADDRESS_FIELD, Some((_, address))) => entry.address = address,
+                // Before 4.2 the first, from 4.2 on the second; the other is zero
+                // or missing.
+                (OLD_PAGES_FIELD | PAGES_FIELD, Some((_, pages))) => {
+                    entry.pages = entry.pages.max(pages);
+                }
+                (FLAGS_FIELD, Some(flags)) => entry.flags = Some(flags),
+                _ => {}
             }
         }
         if reader.position != end {
             return Err(reader.malformed("a field ends behind its message"));
         }
-        is_head = false;
-    }
-    let mut cleared = 0;
-    for position in flags {
-        // Bit 1 of a number is bit 1 of the first byte of its encoding.
-        if image[position] & PE_LAZY != 0 {
-            image[position] &= !PE_LAZY;
-            cleared += 1;
+        // The first message is the head: no entry.
+        if !std::mem::replace(&mut is_head, false) {
+            found(entry);
         }
     }
-    Ok(cleared)
+    Ok(())
+}
+
+/// Clears the flag in every entry of a pagemap image, in place: the value keeps
+/// its length.
+fn clear_flags(image: &mut [u8]) -> Result<u64, Malformed> {
+    let mut lazy = Vec::new();
+    entries(image, |entry| {
+        if let Some((position, flags)) = entry.flags
+            && flags & PE_LAZY != 0
+        {
+            lazy.push(position);
+        }
+    })?;
+    for position in &lazy {
+        // The low bits of a number are those of the first byte of its encoding.
+        image[*position] &= !(PE_LAZY as u8);
+    }
+    Ok(lazy.len() as u64)
 }
 
 struct Reader<'a> {
@@ -200,15 +306,12 @@ impl Reader<'_> {
         Err(self.malformed("a number is too long"))
     }
 
-    /// Reads over one field: its number and, for a number, where its value is.
-    fn field(&mut self) -> Result<(u64, Option<usize>), Malformed> {
+    /// Reads one field: its number and, for a number, where its value is and the value.
+    fn field(&mut self) -> Result<(u64, Option<(usize, u64)>), Malformed> {
         let key = self.varint()?;
         let begin = self.position;
         let value = match key & 7 {
-            0 => {
-                self.varint()?;
-                Some(begin)
-            }
+            0 => Some((begin, self.varint()?)),
             1 => self.skip(8).map(|()| None)?,
             2 => {
                 let length = self.varint()?;
@@ -294,6 +397,19 @@ mod tests {
             clear_flags(&mut other).unwrap_err().reason,
             "wrong magic number"
         );
+    }
+
+    #[test]
+    fn dumped_pages_are_those_present_in_images_of_processes() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("pagemap-7.img"), image(&[6, 2, 4])).unwrap();
+        fs::write(directory.path().join("pagemap-shmem-9.img"), image(&[4])).unwrap();
+        // 80 a0 f0 05: 0x00, 0x20, 0x70 and 0x05, seven bits each.
+        let address = 0x20 << 7 | 0x70 << 14 | 0x05 << 21;
+        let range = address..address + 3 * PAGE_BYTES;
+        let dumped = dumped_pages(directory.path()).unwrap();
+        let ranges = vec![range.clone(), range];
+        assert_eq!(dumped, [DumpedPages { pid: 7, ranges }]);
     }
 
     #[test]

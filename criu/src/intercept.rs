@@ -9,7 +9,9 @@
 //!   does not dump them ([`scan`]);
 //! * `openat("smaps")`: a text prepared before the freeze;
 //! * `prlimit64` of another process: CRIU needs `CAP_SYS_RESOURCE` for tasks of
-//!   other users, `/proc/PID/limits` does not ([`limits`]).
+//!   other users, `/proc/PID/limits` does not ([`limits`]);
+//! * `ptrace` requests about seccomp: the kernel refuses them to a tracer that is
+//!   under seccomp itself, as CRIU is because of us ([`crate::seccomp`]).
 //!
 //! Everything else passes; the filter does not even ask about it. In particular
 //! calls that open a file by an absolute or a working-directory path are never
@@ -17,6 +19,7 @@
 //! happens to us.
 
 mod limits;
+mod ptrace;
 mod scan;
 
 use std::ffi::OsStr;
@@ -32,8 +35,10 @@ use std::time::{Duration, Instant};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
 use sys::seccomp::{Call, Condition, Filter, Listener};
+use sys::seccomp_filters::INSTRUCTION_BYTES;
 
 use crate::channel::Asked;
+use crate::seccomp::SeccompSlot;
 
 /// `_IOWR('f', 16, struct pm_scan_arg)` of linux/fs.h, as the `unsigned int` that
 /// the kernel looks at.
@@ -42,16 +47,29 @@ const PAGEMAP_SCAN: u32 = 0xC060_6610;
 /// What CRIU opens, relative to a directory `/proc/PID`.
 const SMAPS: &[u8; 6] = b"smaps\0";
 
+/// Requests of include/uapi/linux/ptrace.h.
+const PTRACE_SECCOMP_GET_FILTER: u32 = 0x420c;
+const PTRACE_SECCOMP_GET_METADATA: u32 = 0x420d;
+
 /// Bytes after which a mapping may end.
 const PAGE_BYTES: u64 = 4096;
 
 /// The calls of CRIU that an [`Interceptor`] is asked about.
 pub(crate) fn filter(asked: Asked) -> Filter {
-    let filter = Filter::new().ask(
-        libc::SYS_prlimit64,
-        // Of another process, and only to read.
-        &[(0, Condition::WordIsNot(0)), (2, Condition::Is(0))],
-    );
+    let request = |number| (0, Condition::WordIs(number));
+    let suspend = Condition::WordIs(libc::PTRACE_O_SUSPEND_SECCOMP as u32);
+    let filter = Filter::new()
+        .ask(
+            libc::SYS_prlimit64,
+            // Of another process, and only to read.
+            &[(0, Condition::WordIsNot(0)), (2, Condition::Is(0))],
+        )
+        .ask(
+            libc::SYS_ptrace,
+            &[request(libc::PTRACE_SETOPTIONS), (3, suspend)],
+        )
+        .ask(libc::SYS_ptrace, &[request(PTRACE_SECCOMP_GET_FILTER)])
+        .ask(libc::SYS_ptrace, &[request(PTRACE_SECCOMP_GET_METADATA)]);
     match asked {
         Asked::Limits => filter,
         Asked::Memory => filter
@@ -133,6 +151,10 @@ pub struct InterceptStats {
     pub smaps_passed: u64,
     /// Limits of other users' processes.
     pub limits_given: u64,
+    /// Requests about seccomp filters answered.
+    pub seccomp_given: u64,
+    /// Those left to the kernel, which refuses them: the dump fails.
+    pub seccomp_passed: u64,
     /// Time spent on all of them, without waiting.
     pub busy: Duration,
 }
@@ -142,6 +164,7 @@ pub struct InterceptStats {
 pub struct Interceptor {
     listener: Listener,
     memory: MemorySlot,
+    seccomp: SeccompSlot,
     stats: InterceptStats,
 }
 
@@ -152,6 +175,7 @@ impl Interceptor {
         Self {
             listener,
             memory: MemorySlot::default(),
+            seccomp: SeccompSlot::default(),
             stats: InterceptStats::default(),
         }
     }
@@ -159,6 +183,12 @@ impl Interceptor {
     /// Where to put the memory that CRIU must not see.
     pub fn memory(&self) -> MemorySlot {
         self.memory.clone()
+    }
+
+    /// Where to put the seccomp filters of the tasks, without which tasks that
+    /// have any cannot be dumped.
+    pub fn seccomp(&self) -> SeccompSlot {
+        self.seccomp.clone()
     }
 
     /// Answers until CRIU is gone. Blocks: give it a thread, from the moment the
@@ -169,6 +199,7 @@ impl Interceptor {
     ///
     /// When the listener fails. Drop the session then: its helper takes over.
     pub fn run(mut self) -> io::Result<InterceptStats> {
+        self.listener.take_turns();
         while let Some(call) = self.listener.receive()? {
             let begun = Instant::now();
             self.serve(&call)?;
@@ -183,6 +214,7 @@ impl Interceptor {
             libc::SYS_prlimit64 => self.serve_limits(call),
             libc::SYS_openat => self.serve_open(call),
             libc::SYS_ioctl => self.serve_scan(call),
+            libc::SYS_ptrace => self.serve_ptrace(call),
             _ => self.listener.pass(call),
         }
     }
@@ -200,6 +232,39 @@ impl Interceptor {
             return self.listener.succeed(call, 0);
         }
         self.listener.pass(call)
+    }
+
+    /// ptrace(request, thread, address, data)
+    fn serve_ptrace(&mut self, call: &Call) -> io::Result<()> {
+        let [request, tid, address, data, ..] = call.arguments;
+        // A task of which nothing is known has to be refused, which the kernel does.
+        let Some(filters) = self.seccomp.of(tid as i32) else {
+            self.stats.seccomp_passed += 1;
+            return self.listener.pass(call);
+        };
+        if !self.listener.still_waits(call) {
+            return Ok(());
+        }
+        let answer = match request as u32 {
+            PTRACE_SECCOMP_GET_FILTER => ptrace::filter(filters, address).map(|filter| {
+                let length = filter.len() / INSTRUCTION_BYTES;
+                (length, if data == 0 { Vec::new() } else { filter })
+            }),
+            PTRACE_SECCOMP_GET_METADATA => read(call, data)
+                .ok_or(libc::EFAULT)
+                .and_then(|number| ptrace::metadata(filters, u64::from_ne_bytes(number), address))
+                .map(|metadata| (metadata.len(), metadata)),
+            // The filters stay on; they are known to do no harm.
+            _ => Ok((0, Vec::new())),
+        };
+        self.stats.seccomp_given += 1;
+        match answer {
+            Ok((value, bytes)) if bytes.is_empty() || write(call, data, &bytes) => {
+                self.listener.succeed(call, value as i64)
+            }
+            Ok(_) => self.listener.fail(call, libc::EFAULT),
+            Err(errno) => self.listener.fail(call, errno),
+        }
     }
 
     /// openat(directory, path, flags)

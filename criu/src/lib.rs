@@ -20,6 +20,7 @@ mod log;
 mod options;
 mod request;
 mod restore;
+mod seccomp;
 mod securejoin;
 mod session;
 mod version;
@@ -35,6 +36,7 @@ pub use intercept::{InterceptStats, Interceptor, Memory, MemorySlot};
 pub use log::first_error;
 pub use request::{CgroupsMode, DUMP_LOG, DumpRequest, ExternalMount, NetworkLock};
 pub use restore::{RestoreError, restore_process};
+pub use seccomp::{SeccompError, SeccompFilters, SeccompSlot};
 pub use session::{Action, DumpError, DumpEvent, DumpSession, HELPER_ARGUMENT, checkpoint};
 pub use version::{MINIMUM, Missing, Tools, Version};
 

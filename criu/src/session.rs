@@ -16,6 +16,7 @@ use crate::channel::{Asked, Channel, Ending, FromHelper, ToHelper, packet_pair};
 use crate::helper::SESSION_FD;
 use crate::log;
 use crate::request::DumpRequest;
+use crate::seccomp::{SeccompError, SeccompFilters, SeccompSlot};
 use crate::version::Tools;
 
 /// The argument that makes a program a helper.
@@ -104,6 +105,9 @@ pub enum DumpError {
     /// The helper said something out of turn.
     #[error("the dump's helper process said something out of turn")]
     OutOfTurn,
+    /// The container is under a seccomp profile that does not go with a dump.
+    #[error("cannot dump a container with these seccomp filters")]
+    Seccomp(#[from] SeccompError),
     /// The dump was answered with "no", and undone.
     #[error("the dump was stopped at {action:?} and undone")]
     Aborted {
@@ -316,18 +320,22 @@ impl DumpSession {
     }
 }
 
-/// A whole dump at one go: for checkpoints. Blocks until it is done.
+/// A whole dump at one go: for checkpoints. Blocks until it is done. Not to be
+/// called by a process under seccomp.
 ///
 /// # Errors
 ///
 /// As for [`DumpSession`].
 pub fn checkpoint(program: &Path, tools: &Tools, request: &DumpRequest) -> Result<(), DumpError> {
+    // Refused before anything is started, where it has to be.
+    let filters = SeccompFilters::read(request.pid)?;
     let mut session = DumpSession::spawn_asking(program, tools, Asked::Limits)?;
     let listener = session.take_listener().ok_or(DumpError::OutOfTurn)?;
     let interceptor = Interceptor::new(listener);
+    let slot = interceptor.seccomp();
     thread::scope(|scope| {
         let watching = scope.spawn(|| interceptor.run());
-        let dumped = answer_all(&mut session, request);
+        let dumped = answer_all(&mut session, request, filters, &slot);
         // Lets CRIU go, whatever happened, so that the thread ends.
         drop(session);
         // What the interceptor could not do shows in CRIU's log, as a failure.
@@ -336,9 +344,22 @@ pub fn checkpoint(program: &Path, tools: &Tools, request: &DumpRequest) -> Resul
     })
 }
 
-fn answer_all(session: &mut DumpSession, request: &DumpRequest) -> Result<(), DumpError> {
+fn answer_all(
+    session: &mut DumpSession,
+    request: &DumpRequest,
+    filters: SeccompFilters,
+    slot: &SeccompSlot,
+) -> Result<(), DumpError> {
     session.start(request)?;
-    while let DumpEvent::Notify(_) = session.next(CHECKPOINT_TIMEOUT)? {
+    let mut filters = Some(filters);
+    while let DumpEvent::Notify(action) = session.next(CHECKPOINT_TIMEOUT)? {
+        if action == Action::PreDump
+            && let Some(mut filters) = filters.take()
+        {
+            // What was started meanwhile; on an error the session is dropped.
+            filters.update(request.pid)?;
+            slot.set(filters);
+        }
         session.answer(true)?;
     }
     Ok(())

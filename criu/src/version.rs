@@ -157,13 +157,17 @@ impl Tools {
     }
 }
 
+/// Every directory once, in the order of the first mention.
 fn with_system_directories(own: &OsStr) -> OsString {
-    let mut path = own.to_owned();
-    if !path.is_empty() {
-        path.push(":");
+    let mut directories: Vec<PathBuf> = Vec::new();
+    let system = OsStr::new(SYSTEM_DIRECTORIES);
+    for directory in std::env::split_paths(own).chain(std::env::split_paths(system)) {
+        if directory.is_absolute() && !directories.contains(&directory) {
+            directories.push(directory);
+        }
     }
-    path.push(SYSTEM_DIRECTORIES);
-    path
+    // None of them holds the separator: they have just been split at it.
+    std::env::join_paths(directories).unwrap_or_else(|_| system.to_owned())
 }
 
 fn is_executable(program: &Path) -> bool {
@@ -220,6 +224,13 @@ mod tests {
     fn versions_compare_by_number_and_not_by_text() {
         assert!(version(4, 10, 0) > version(4, 2, 1));
         assert!(version(3, 19, 0) < MINIMUM && version(4, 1, 0) < MINIMUM);
+    }
+
+    #[test]
+    fn the_search_path_has_the_systems_directories_and_each_once() {
+        let path = with_system_directories(OsStr::new("/usr/bin:/opt/bin::relative"));
+        let expected = "/usr/bin:/opt/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/sbin:/bin";
+        assert_eq!(path, expected);
     }
 
     fn directory_with(script: &str) -> tempfile::TempDir {

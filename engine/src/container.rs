@@ -119,11 +119,13 @@ impl Container {
         Ok(criu::dump_request_for_runc(&self.runc, options)?)
     }
 
-    /// Stops every process; they stand still when this returns.
-    pub(crate) async fn freeze(&self) -> Result<Frozen, ContainerError> {
+    /// Stops every process; they stand still when this returns. Blocks, for 0.1
+    /// to 10 ms as a rule, on purpose: a freeze that went on after its caller was
+    /// dropped would stop a container that nobody thaws.
+    pub(crate) fn freeze(&self) -> Result<Frozen, ContainerError> {
         let freezer = self.freezer.clone();
-        let frozen = blocking(move || freezer.freeze(FREEZE_TIMEOUT).map(|()| Frozen { freezer }));
-        Ok(frozen.await??)
+        freezer.freeze(FREEZE_TIMEOUT)?;
+        Ok(Frozen { freezer })
     }
 }
 
@@ -135,6 +137,12 @@ pub(crate) struct Frozen {
 }
 
 impl Frozen {
+    /// CRIU thaws the control group once it holds the tasks. Frozen again, they
+    /// stand still even if CRIU dies: to be called before the commit.
+    pub(crate) fn hold(&self) -> Result<(), ContainerError> {
+        Ok(self.freezer.freeze_later()?)
+    }
+
     /// Lets it go on.
     pub(crate) async fn thaw(self) {
         let thawed = blocking(move || self.freezer.thaw()).await;

@@ -1,8 +1,7 @@
 //! CRIU's part of a migration, seen from the sender's loop.
 //!
 //! A [`criu::DumpSession`] blocks and belongs to one thread; that thread lives
-//! here and is talked to by messages. It also has to be one thread because the
-//! helper process dies with the thread that started it.
+//! here and is talked to by messages.
 
 use std::ops::Range;
 use std::sync::{Arc, mpsc as blocking};
@@ -57,6 +56,10 @@ struct Owned(Arc<Claims>);
 impl Memory for Owned {
     fn owns(&self, pid: i32, range: Range<u64>) -> bool {
         self.0.owns(pid, range)
+    }
+
+    fn may_own(&self, pid: i32, range: Range<u64>) -> bool {
+        self.0.may_own(pid, range)
     }
 
     fn stack_pages(&self, pid: i32) -> &[u64] {

@@ -36,7 +36,6 @@ pub(crate) struct TreeSender {
     tree: pb::FileTree,
     scanner: Scanner,
     queue: mpsc::Sender<pb::FileItem>,
-    acks: mpsc::Receiver<u64>,
     items: u64,
     flushes: u64,
     bytes: Arc<AtomicU64>,
@@ -51,14 +50,10 @@ impl TreeSender {
     ) -> Result<Self, FilesError> {
         let (queue, items) = mpsc::channel(QUEUE);
         let mut answers = client.files(ReceiverStream::new(items)).await?.into_inner();
-        let (acked, acks) = mpsc::channel(1);
         tokio::spawn(async move {
-            // An error shows as the end of the acknowledgements.
-            while let Ok(Some(ack)) = answers.message().await {
-                if acked.send(ack.flush).await.is_err() {
-                    break;
-                }
-            }
+            // Read so that the stream does not stall; `Prepared` tells what counts,
+            // and an error shows as a queue that nobody empties.
+            while let Ok(Some(_)) = answers.message().await {}
         });
         let scanner = Scanner::new(root)?;
         let bytes = Arc::default();
@@ -66,7 +61,6 @@ impl TreeSender {
             tree,
             scanner,
             queue,
-            acks,
             items: 0,
             flushes: 0,
             bytes,
@@ -107,7 +101,7 @@ impl TreeSender {
     }
 
     /// Has the peer complete everything queued so far; `Final` waits for it.
-    pub(crate) async fn flush_later(&mut self) -> Result<(), FilesError> {
+    pub(crate) fn flush_later(&mut self) -> Result<(), FilesError> {
         self.flushes += 1;
         self.items += 1;
         let marker = wrap(
@@ -115,19 +109,9 @@ impl TreeSender {
             self.items,
             pb::file_item::Item::Flush(self.flushes),
         );
-        self.queue.send(marker).await.map_err(|_| FilesError::Ended)
-    }
-
-    /// Waits until the peer has placed everything queued so far.
-    pub(crate) async fn flush(&mut self) -> Result<(), FilesError> {
-        self.flush_later().await?;
-        loop {
-            match self.acks.recv().await {
-                Some(flush) if flush == self.flushes => return Ok(()),
-                Some(_) => {}
-                None => return Err(FilesError::Ended),
-            }
-        }
+        self.queue
+            .blocking_send(marker)
+            .map_err(|_| FilesError::Ended)
     }
 
     /// Content sent so far, in bytes.

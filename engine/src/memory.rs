@@ -100,10 +100,13 @@ impl Memory {
             Some(Report::Ended(outcome)) => outcome.map_err(MemoryError::from),
             None => Err(MemoryError::Panicked),
         };
-        let news = if outcome.is_ok() {
-            MemoryNews::Filled
-        } else {
-            MemoryNews::Failed
+        let news = match &outcome {
+            Ok(_) => MemoryNews::Filled,
+            Err(error) => {
+                let error = crate::error_chain(error);
+                tracing::error!(error, "the page server ended");
+                MemoryNews::Failed
+            }
         };
         self.outcome = Some(outcome);
         news

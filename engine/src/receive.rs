@@ -244,7 +244,7 @@ impl Receiver {
         // From here the source never runs the container by itself: whatever
         // happens below ends in `Running` or in `HandedBack`.
         self.advance(Event::Commit);
-        match self.restore(flags, prepare).await {
+        match self.restore(flags, prepare, &mut session).await {
             Ok(filling) => self.settle(session, filling).await,
             // Whether it runs only the shim could say.
             Err(ReceiveError::ShimGone) => Err(ReceiveError::ShimGone),
@@ -348,7 +348,18 @@ impl Receiver {
         let limit = Phase::PreCopy.timeout();
         let account = loop {
             match self.hear(session, limit, "finish the pre-copy").await? {
-                FromSource::Freezing(_) => self.staging.mark_hot_from_now(),
+                FromSource::Freezing(_) => {
+                    self.staging.mark_hot_from_now();
+                    if let Some(switch) = &mut self.switch {
+                        switch.hold().await.map_err(ReceiveError::Network)?;
+                    }
+                    session.say(ToSource::Holding(pb::Holding {})).await;
+                }
+                FromSource::Detached(_) => {
+                    if let Some(switch) = &mut self.switch {
+                        switch.hold_again().await.map_err(ReceiveError::Network)?;
+                    }
+                }
                 FromSource::Final(account) => break account,
                 other => return Err(unexpected(other)),
             }
@@ -403,10 +414,20 @@ impl Receiver {
                 .map_err(|error| ReceiveError::Damaged(error.to_string()))?;
         }
         let images = self.images.clone();
-        tokio::task::spawn_blocking(move || criu::images::clear_lazy(&images))
-            .await
-            .map_err(|error| ReceiveError::Damaged(error.to_string()))?
-            .map_err(ReceiveError::Images)?;
+        let dumped = tokio::task::spawn_blocking(move || {
+            criu::images::clear_lazy(&images)?;
+            criu::images::dumped_pages(&images)
+        })
+        .await
+        .map_err(|error| ReceiveError::Damaged(error.to_string()))?
+        .map_err(ReceiveError::Images)?;
+        // CRIU restores these itself; a page that is there already would look like
+        // one that came into being by mistake.
+        for pages in &dumped {
+            self.staging
+                .remove(SpaceId(pages.pid), &pages.ranges)
+                .map_err(|error| ReceiveError::Damaged(error.to_string()))?;
+        }
         let usage = self.staging.usage();
         Ok(pb::Prepared {
             staged_pages: usage.pages,
@@ -440,6 +461,7 @@ impl Receiver {
         &mut self,
         flags: RestoreFlags,
         prepare: Duration,
+        session: &mut Session,
     ) -> Result<Filling, ReceiveError> {
         let begun = Instant::now();
         let mut memory = Memory::serve(&self.work_dir, &self.staging, &self.shim)?;
@@ -452,6 +474,7 @@ impl Receiver {
         let limit = tokio::time::sleep(Phase::Resume.timeout());
         tokio::pin!(limit);
         let mut abandoned = false;
+        let mut give_up = None;
         loop {
             tokio::select! {
                 news = memory.next() => match news {
@@ -467,9 +490,9 @@ impl Receiver {
                     MemoryNews::Filled if self.state == State::Resuming => {
                         self.advance(Event::Filled);
                     }
-                    // The shim's answer says more than a page server that lost
-                    // its restorer.
-                    MemoryNews::Filled | MemoryNews::Failed => {}
+                    MemoryNews::Filled => {}
+                    // Whatever is restored would wait for its memory for ever.
+                    MemoryNews::Failed => give_up = Some("the page server failed".to_owned()),
                 },
                 message = self.messages.recv() => match message {
                     Some(ToEngine::Restored { pid }) => {
@@ -488,13 +511,17 @@ impl Receiver {
                     // This process goes with its shim; the source asks on.
                     None => return Err(ReceiveError::ShimGone),
                 },
+                // A source that lost its session asks again; the answer is due
+                // when it is known.
+                Some(reopened) = self.sessions.recv() => *session = reopened,
                 () = &mut limit, if !abandoned => {
-                    abandoned = true;
-                    tracing::error!("the restore takes too long");
-                    self.shim.send(&FromEngine::AbandonRestore {
-                        reason: format!("it took longer than {:?}", Phase::Resume.timeout()),
-                    })?;
+                    give_up = Some(format!("it took longer than {:?}", Phase::Resume.timeout()));
                 }
+            }
+            if let Some(reason) = give_up.take_if(|_| !abandoned) {
+                abandoned = true;
+                tracing::error!(reason, "the restore is given up");
+                self.shim.send(&FromEngine::AbandonRestore { reason })?;
             }
         }
     }
@@ -636,6 +663,7 @@ fn unexpected(message: FromSource) -> ReceiveError {
         FromSource::Hello(_) => ReceiveError::OutOfTurn("hello"),
         FromSource::PrepareSwitch(_) => ReceiveError::OutOfTurn("prepare-switch"),
         FromSource::Freezing(_) => ReceiveError::OutOfTurn("freezing"),
+        FromSource::Detached(_) => ReceiveError::OutOfTurn("detached"),
         FromSource::Final(_) => ReceiveError::OutOfTurn("final"),
         FromSource::Commit(_) => ReceiveError::OutOfTurn("commit"),
     }

@@ -9,37 +9,36 @@
 //! after which this process never lets it run again by itself.
 
 mod commit;
+mod copier;
 mod freeze;
 mod precopy;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use migrate::Phase;
 use migrate::source::{self, Event, State};
 use nodeapi::{FromEngine, Outcome, RunDir, SendJob, ToEngine};
-use pages::Tracker;
 use proto::engine::{Finished, Summary};
 use proto::migration as pb;
 use proto::migration::source_message::Message as ToDestination;
 use tokio::sync::mpsc;
 
 use self::commit::Uncommitted;
+use self::copier::Copier;
 use crate::container::{Container, Frozen};
 use crate::dump::Dump;
-use crate::files::TreeSender;
 use crate::ipc::ToShim;
 use crate::progress::Log;
 use crate::send_error::SendError;
 use crate::session::Session;
-use crate::streams::SharedStreams;
 
 /// Page streams, each a TCP connection. One HTTP/2 connection carries about
 /// 1 GB/s of pages; cloud networks cap a single flow at 5 Gbit/s.
 const PAGE_STREAMS: u32 = 2;
+/// How long a destination may take to say why its streams broke.
+const LAST_WORD: Duration = Duration::from_millis(200);
 
 /// Sends one container; the process ends with this.
 pub(crate) async fn run(
@@ -141,14 +140,10 @@ struct Sender {
     state: State,
     phase: Phase,
     begun: Instant,
-    /// Tells a lap to end early.
-    stop_lap: Arc<AtomicBool>,
-    tracker: Option<Arc<std::sync::Mutex<Tracker>>>,
-    streams: Option<SharedStreams>,
+    copier: Option<Copier>,
     session: Option<Session>,
     dump: Option<Dump>,
     frozen: Option<Frozen>,
-    layer: Option<TreeSender>,
     figures: Figures,
 }
 
@@ -170,13 +165,10 @@ impl Sender {
             state: State::START,
             phase: Phase::Negotiate,
             begun: Instant::now(),
-            stop_lap: Arc::default(),
-            tracker: None,
-            streams: None,
+            copier: None,
             session: None,
             dump: None,
             frozen: None,
-            layer: None,
             figures: Figures {
                 tracked,
                 ..Figures::default()
@@ -197,6 +189,7 @@ impl Sender {
             error = stop.asked(&mut messages) => Err(error),
         };
         if let Err(error) = prepared {
+            let error = self.explain(error).await;
             self.unwind(&error).await;
             return Err(error);
         }
@@ -209,6 +202,20 @@ impl Sender {
         }
     }
 
+    /// What the destination says of a failure tells more than how it shows here.
+    async fn explain(&mut self, error: SendError) -> SendError {
+        if error.event() != Event::PeerLost {
+            return error;
+        }
+        let Some(session) = &mut self.session else {
+            return error;
+        };
+        match tokio::time::timeout(LAST_WORD, session.hear()).await {
+            Ok(Err(said @ SendError::DestinationFailed { .. })) => said,
+            _ => error,
+        }
+    }
+
     /// Moves the state machine. A transition that does not exist is our bug, and
     /// an error all the same: a panic would leave the container frozen.
     fn advance(&mut self, event: Event) -> Result<(), SendError> {
@@ -216,6 +223,10 @@ impl Sender {
         tracing::debug!(from = ?self.state, ?event, to = ?state, ?action, "source");
         self.state = state;
         Ok(())
+    }
+
+    fn copier(&self) -> Result<&Copier, SendError> {
+        self.copier.as_ref().ok_or(SendError::Worker)
     }
 
     fn session(&mut self) -> Result<&mut Session, SendError> {
@@ -269,7 +280,6 @@ impl Sender {
                 "every state but the last survives the loss of its peer"
             );
         }
-        self.stop_lap.store(true, Ordering::Relaxed);
         if let Some(session) = self.session.take() {
             let abort = pb::Abort {
                 reason: crate::error_chain(error),
@@ -291,15 +301,8 @@ impl Sender {
         {
             tracing::error!(%error, "cannot attach the container's address again");
         }
-        self.streams = None;
-        if let Some(tracker) = self.tracker.take() {
-            // Waits for a lap that is ending, then closes the userfaultfds.
-            let disarmed = tokio::task::spawn_blocking(move || {
-                let tracker =
-                    Arc::into_inner(tracker).and_then(|tracker| tracker.into_inner().ok());
-                tracker.map(Tracker::disarm)
-            });
-            drop(disarmed.await);
+        if let Some(copier) = self.copier.take() {
+            copier.disarm().await;
         }
     }
 

@@ -1,7 +1,6 @@
 //! Page streams of a sender: batches go out in order per extent, and are
 //! counted when the destination has them.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use pages::{Batch, BatchSink, SinkClosed};
@@ -38,6 +37,31 @@ struct Stream {
     queue: mpsc::Sender<pb::PageBatch>,
     sent: u64,
     acked: watch::Receiver<Result<u64, String>>,
+}
+
+/// A mark in all streams.
+#[derive(Debug)]
+pub(crate) struct Sent(Vec<(u64, watch::Receiver<Result<u64, String>>)>);
+
+impl Sent {
+    /// Waits until the destination has everything up to the mark.
+    pub(crate) async fn arrived(self) -> Result<(), StreamError> {
+        for (sent, mut acked) in self.0 {
+            loop {
+                match &*acked.borrow_and_update() {
+                    Ok(sequence) if *sequence >= sent => break,
+                    Ok(_) => {}
+                    Err(reason) => return Err(StreamError::Broken(reason.clone())),
+                }
+                match timeout(ACK_TIMEOUT, acked.changed()).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_)) => return Err(StreamError::Broken("its reader ended".into())),
+                    Err(_) => return Err(StreamError::Silent),
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// All page streams of one migration.
@@ -83,24 +107,14 @@ impl PageStreams {
         Ok(Self { streams, bytes: 0 })
     }
 
-    /// Waits until the destination has everything sent so far.
-    pub(crate) async fn drain(&self) -> Result<(), StreamError> {
-        for stream in &self.streams {
-            let mut acked = stream.acked.clone();
-            loop {
-                match &*acked.borrow_and_update() {
-                    Ok(sequence) if *sequence >= stream.sent => break,
-                    Ok(_) => {}
-                    Err(reason) => return Err(StreamError::Broken(reason.clone())),
-                }
-                match timeout(ACK_TIMEOUT, acked.changed()).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(_)) => return Err(StreamError::Broken("its reader ended".into())),
-                    Err(_) => return Err(StreamError::Silent),
-                }
-            }
-        }
-        Ok(())
+    /// What has been sent so far, to wait for.
+    pub(crate) fn sent(&self) -> Sent {
+        Sent(
+            self.streams
+                .iter()
+                .map(|stream| (stream.sent, stream.acked.clone()))
+                .collect(),
+        )
     }
 
     /// Why a stream is broken, if one is.
@@ -142,6 +156,3 @@ impl BatchSink for PageStreams {
         stream.queue.blocking_send(wire).map_err(|_| SinkClosed)
     }
 }
-
-/// Shared between the blocking reader of memory and the sender's loop.
-pub(crate) type SharedStreams = Arc<tokio::sync::Mutex<PageStreams>>;

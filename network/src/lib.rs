@@ -9,7 +9,8 @@
 //!   source                                    destination
 //!   describe(netns)          ---------->      prepare(netns, description, bridge)
 //!                                             Prepared::open() -> Switch
-//!   detach(attachment)   (frozen)
+//!                        (frozen)             Switch::hold()
+//!   detach(attachment)
 //!                                             Switch::attach(), Switch::announce()
 //!   remove(netns)        or, if it comes to nothing:
 //!   reattach(attachment)                      remove(netns)
@@ -31,6 +32,7 @@ mod description;
 mod error;
 mod filter;
 mod frames;
+mod hold;
 mod link;
 mod namespace;
 mod netlink;

@@ -164,7 +164,7 @@ fn make_pair(
 }
 
 /// At most 15 bytes, recognisably ours, the same first half for the same path.
-fn host_name(netns: &Path, random: u64) -> String {
+pub(crate) fn host_name(netns: &Path, random: u64) -> String {
     let hash = netns
         .as_os_str()
         .as_bytes()
@@ -178,14 +178,14 @@ fn host_name(netns: &Path, random: u64) -> String {
 /// A bridge takes the lowest hardware address of its ports for its own unless
 /// told otherwise: ours must never be the lowest, or the node's neighbours would
 /// lose sight of it.
-fn host_mac(random: u64) -> [u8; 6] {
+pub(crate) fn host_mac(random: u64) -> [u8; 6] {
     let [a, b, c, d, e, ..] = random.to_ne_bytes();
     [0xfe, a, b, c, d, e]
 }
 
 /// Until it is on the bridge, whatever comes out of the container's end meets the
 /// node itself: it must neither answer nor forward.
-fn isolate(name: &str) -> Result<(), NetworkError> {
+pub(crate) fn isolate(name: &str) -> Result<(), NetworkError> {
     // 8: answer no ARP request. A kernel without IPv6 has no such directory.
     let settings = [
         (format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1"),

@@ -12,6 +12,7 @@ use nix::sys::socket::{
 
 use crate::error::NetworkError;
 use crate::frames;
+use crate::hold::Hold;
 use crate::link::{self, PortSetting, PortState};
 use crate::netlink::{Netlink, encode};
 use crate::{Attachment, Prepared};
@@ -31,6 +32,7 @@ pub struct Switch {
     /// In order: onto the bridge, and how the port was.
     attach: Vec<Vec<u8>>,
     announcer: Announcer,
+    hold: Option<Hold>,
 }
 
 #[derive(Debug, Clone)]
@@ -61,7 +63,9 @@ impl Switch {
             attach.push(link::set_port(port, &settings));
         }
         let announcer = Announcer::open(&prepared)?;
+        let hold = Some(Hold::open(&mut netlink, &prepared)?);
         Ok(Self {
+            hold,
             attach: attach
                 .into_iter()
                 .map(|message| encode(message, NLM_F_REQUEST | NLM_F_ACK))
@@ -72,11 +76,30 @@ impl Switch {
         })
     }
 
-    /// Puts the container's port on the bridge: from now on packets arrive.
+    /// Takes the container's place on the network and keeps its packets until
+    /// [`attach`](Self::attach). To be called when the source stands still.
+    pub async fn hold(&mut self) -> Result<(), NetworkError> {
+        match &mut self.hold {
+            Some(hold) => hold.begin(&mut self.netlink),
+            None => Ok(()),
+        }
+    }
+
+    /// Says once more that the container's packets belong here, while they are
+    /// kept: when the source is known to be silent.
+    pub async fn hold_again(&mut self) -> Result<(), NetworkError> {
+        self.hold.as_ref().map_or(Ok(()), Hold::announce)
+    }
+
+    /// Puts the container's port on the bridge: from now on packets arrive, those
+    /// that were kept first.
     ///
     /// Does not yield; takes about 0.1 ms, unless another change of the node's
     /// network is under way.
     pub async fn attach(&mut self) -> Result<(), NetworkError> {
+        if let Some(hold) = &self.hold {
+            hold.pass_on();
+        }
         for request in &self.attach {
             self.netlink
                 .send(request.clone())
@@ -84,6 +107,15 @@ impl Switch {
                     "attach",
                     &self.prepared.host_interface,
                 ))?;
+        }
+        if let Some(hold) = self.hold.take() {
+            // The bridge has to learn the new port before the old one goes.
+            self.announcer.send().map_err(NetworkError::kernel(
+                "announce the addresses of",
+                self.prepared.netns.display(),
+            ))?;
+            let passed = hold.end();
+            tracing::debug!(passed, "packets that came last were passed on");
         }
         Ok(())
     }

@@ -2,7 +2,8 @@
 //! long the process waits for a page meanwhile.
 //!
 //! Run: `cargo run --release -p sterna-pages --example fill_rate -- MIB [THREADS] [PAGES_PER_RECORD] [SPACING]`.
-//! With the two last arguments memory is staged in records of that many pages, every SPACING pages.
+//! With the two last arguments memory is staged in records of that many pages, every SPACING pages. With `IDLE` in the
+//! environment the process leaves its memory alone for three seconds.
 
 #![allow(
     clippy::unwrap_used,
@@ -156,6 +157,10 @@ fn restored(work_dir: &Path, pages: u64) {
         .unwrap();
     drop(connection);
 
+    if std::env::var_os("IDLE").is_some() {
+        // Sees how fast it goes when nobody is in the way.
+        std::thread::sleep(Duration::from_secs(3));
+    }
     let mut waits = Vec::new();
     let mut random = 88_172_645_463_325_252_u64;
     let started = Instant::now();

@@ -1,7 +1,6 @@
 //! One bit for each page of a window.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 const WORDS: usize = WINDOW_PAGES / 64;
 
@@ -76,41 +75,6 @@ impl PageBits {
     }
 }
 
-/// A set of pages of a window that several threads take pages out of.
-#[derive(Debug, Default)]
-pub(crate) struct SharedBits([AtomicU64; WORDS]);
-
-// Every access is relaxed: the bits are counted and looked at under locks that order them with everything else, and
-// where two threads race for a page the kernel decides.
-impl SharedBits {
-    pub(crate) fn new(bits: PageBits) -> Self {
-        Self(bits.0.map(AtomicU64::new))
-    }
-
-    pub(crate) fn load(&self) -> PageBits {
-        PageBits([0, 1, 2, 3, 4, 5, 6, 7].map(|word: usize| self.0[word].load(Ordering::Relaxed)))
-    }
-
-    /// Takes pages out; returns how many of them were still in.
-    pub(crate) fn remove(&self, pages: Range<usize>) -> usize {
-        masks(&pages)
-            .map(|(word, mask)| {
-                let before = self.0[word].fetch_and(!mask, Ordering::Relaxed);
-                (before & mask).count_ones() as usize
-            })
-            .sum()
-    }
-
-    /// Takes the pages out that are in `pages`; returns those that were in both.
-    pub(crate) fn take(&self, pages: Range<usize>) -> PageBits {
-        let mut taken = PageBits::default();
-        for (word, mask) in masks(&pages) {
-            taken.0[word] = self.0[word].fetch_and(!mask, Ordering::Relaxed) & mask;
-        }
-        taken
-    }
-}
-
 /// The words that hold `pages`, each with the bits of them.
 fn masks(pages: &Range<usize>) -> impl Iterator<Item = (usize, u64)> {
     let (start, end) = (pages.start, pages.end.min(WINDOW_PAGES));
@@ -170,14 +134,5 @@ mod tests {
         assert_eq!(set.run_around(20, &(16..32)), 16..30);
         assert_eq!(set.run_around(10, &(0..16)), 10..16);
         assert_eq!(bits(&[(9, 10)]).run_around(9, &(0..16)), 9..10);
-    }
-
-    #[test]
-    fn pages_can_be_taken_once() {
-        let shared = SharedBits::new(bits(&[(60, 70)]));
-        assert_eq!(shared.remove(65..80), 5);
-        assert_eq!(shared.remove(65..80), 0);
-        assert_eq!(shared.take(0..512), bits(&[(60, 65)]));
-        assert!(shared.load().is_empty());
     }
 }

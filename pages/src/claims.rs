@@ -49,23 +49,34 @@ impl Claims {
 
     /// The owned ranges of each address space, ascending. Spaces of which nothing is owned are among them.
     pub fn spaces(&self) -> impl Iterator<Item = (SpaceId, &[Range<u64>])> {
-        self.processes.iter().map(|process| (process.space, process.owned.as_slice()))
+        self.processes
+            .iter()
+            .map(|process| (process.space, process.owned.as_slice()))
     }
 
     /// Whether everything mapped in a range of a process's memory is owned, and something is.
     ///
     /// The range may extend over several mappings and over places where nothing is mapped.
     pub fn owns(&self, pid: i32, range: Range<u64>) -> bool {
-        let Some(process) = self.process(pid) else { return false };
+        let Some(process) = self.process(pid) else {
+            return false;
+        };
         first_overlap(&process.foreign, &range).is_none()
             && first_overlap(&process.owned, &range).is_some()
+    }
+
+    /// Whether anything in a range of a process's memory is owned.
+    pub fn may_own(&self, pid: i32, range: Range<u64>) -> bool {
+        self.process(pid)
+            .is_some_and(|process| first_overlap(&process.owned, &range).is_some())
     }
 
     /// The owned pages that stack pointers of the process's threads point into, ascending.
     ///
     /// CRIU wants to see them whoever owns their mapping. They are sent as well, with the same content.
     pub fn stack_pages(&self, pid: i32) -> &[u64] {
-        self.process(pid).map_or(&[], |process| &process.stack_pages)
+        self.process(pid)
+            .map_or(&[], |process| &process.stack_pages)
     }
 
     /// A text for `/proc/PID/smaps` whose mappings are those of `/proc/PID/maps` at this moment; `None` where there is
@@ -126,7 +137,10 @@ pub(crate) fn ownable(
         Ok(())
     };
     for mapping in mappings.iter().filter(candidate) {
-        if run.last().is_some_and(|last| last.range.end != mapping.range.start) {
+        if run
+            .last()
+            .is_some_and(|last| last.range.end != mapping.range.start)
+        {
             close(&mut run)?;
         }
         run.push(mapping);
@@ -140,11 +154,21 @@ pub(crate) fn ownable(
 pub(crate) struct FlagsUnknown;
 
 #[cfg(test)]
+#[allow(
+    clippy::single_range_in_vec_init,
+    reason = "lists of ranges, some of one"
+)]
 mod tests {
     use super::*;
 
-    const ORDINARY: LockedMemory = LockedMemory { locked_kib: 0, shadow_stacks: false };
-    const LOCKED: LockedMemory = LockedMemory { locked_kib: 64, shadow_stacks: false };
+    const ORDINARY: LockedMemory = LockedMemory {
+        locked_kib: 0,
+        shadow_stacks: false,
+    };
+    const LOCKED: LockedMemory = LockedMemory {
+        locked_kib: 64,
+        shadow_stacks: false,
+    };
 
     const MAPS: &str = "\
 400000-401000 r-xp 00000000 08:01 9 /bin/tern
@@ -184,7 +208,10 @@ mod tests {
 400000-401000 r-xp 00000000 08:01 9 /bin/tern
 500000-600000 rwxp 00000000 00:00 0 
 ";
-        assert_eq!(owned_of(text, ORDINARY).unwrap(), vec![0x50_0000..0x60_0000]);
+        assert_eq!(
+            owned_of(text, ORDINARY).unwrap(),
+            vec![0x50_0000..0x60_0000]
+        );
     }
 
     #[test]
@@ -195,7 +222,11 @@ mod tests {
         for mapping in &mappings {
             text.extend_from_slice(&mapping.line);
             let locked = mapping.range.start == 0x50_0000;
-            text.extend_from_slice(if locked { b"\nVmFlags: rd lo\n" } else { b"\nVmFlags: rd\n" });
+            text.extend_from_slice(if locked {
+                b"\nVmFlags: rd lo\n"
+            } else {
+                b"\nVmFlags: rd\n"
+            });
         }
         let smaps = Smaps::parse(text).unwrap();
         let owned = ownable(&mappings, LOCKED, Some(&smaps)).unwrap();

@@ -156,6 +156,18 @@ pub enum LazyError {
         /// Where it belongs.
         addr: u64,
     },
+    /// A restored process has a page already for which another is staged, and nobody can say what is in it.
+    ///
+    /// Pages that CRIU restores itself have to be taken out of staging ([`Staging::remove`]). Else it is the work of
+    /// huge pages: where CRIU writes one page before a mapping is registered, and huge pages are on for all of the
+    /// machine, the 511 around it come into being as zeros. The restore has to run with `PR_SET_THP_DISABLE`.
+    #[error("the page at {addr:#x} of space {space} is there already")]
+    Occupied {
+        /// Whose page.
+        space: SpaceId,
+        /// Where it is.
+        addr: u64,
+    },
     /// The machine, or the control group of the container, had no memory for too long.
     #[error("no memory to fill space {space}")]
     NoMemory {
@@ -254,9 +266,10 @@ impl LazyServer {
             named("lazy-faults")
                 .spawn_scoped(scope, || faults::run(&crew))
                 .map_err(LazyError::Thread)?;
-            for _ in 0..options.threads.max(1) {
+            for index in 0..options.threads.max(1) {
+                let crew = &crew;
                 named("lazy-fill")
-                    .spawn_scoped(scope, || fill::run(&crew))
+                    .spawn_scoped(scope, move || fill::run(crew, index == 0))
                     .map_err(LazyError::Thread)?;
             }
             let mut session = Session {
@@ -321,7 +334,7 @@ impl Session<'_> {
         drop(connection);
 
         let resumed = Instant::now();
-        let before = self.crew.tally.report();
+        let prefilled_pages = self.crew.tally.report().pages_copied;
         self.crew.resume();
         (self.events)(LazyEvent::RestoreFinished);
         for space in self.staging.spaces() {
@@ -338,8 +351,7 @@ impl Session<'_> {
         let duration = resumed.elapsed();
         (self.events)(LazyEvent::Filled);
         Ok(FillReport {
-            prefilled_pages: before.pages_copied,
-            present_before_resume: before.present_pages,
+            prefilled_pages,
             duration,
             ..self.crew.tally.report()
         })

@@ -89,7 +89,9 @@ pub(crate) fn parse_line(line: &[u8]) -> Option<Mapping> {
     let name = fields.next().unwrap_or_default().trim_ascii_start();
     let dash = addresses.iter().position(|byte| *byte == b'-')?;
     let range = number(&addresses[..dash], 16)?..number(&addresses[dash + 1..], 16)?;
-    let &[read, write, execute, share] = permissions else { return None };
+    let &[read, write, execute, share] = permissions else {
+        return None;
+    };
     if range.is_empty()
         || !matches!(read, b'r' | b'-')
         || !matches!(write, b'w' | b'-')
@@ -148,8 +150,10 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         assert_eq!(first.name(), b"/bin/with a space (deleted)");
         assert_eq!(mappings[2].name(), b"");
         assert_eq!(mappings[2].len_bytes(), 0x21000);
-        let again: Vec<u8> =
-            mappings.iter().flat_map(|mapping| [&mapping.line[..], b"\n"].concat()).collect();
+        let again: Vec<u8> = mappings
+            .iter()
+            .flat_map(|mapping| [&mapping.line[..], b"\n"].concat())
+            .collect();
         assert_eq!(again, TEXT);
     }
 
@@ -159,7 +163,9 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         let private: Vec<_> = mappings.iter().map(Mapping::is_private_anonymous).collect();
         assert_eq!(
             private,
-            [false, true, true, true, false, true, false, false, false, false]
+            [
+                false, true, true, true, false, true, false, false, false, false
+            ]
         );
     }
 
@@ -180,7 +186,11 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
             "VmFlags: rd wr",
         ] {
             let text = format!("3000-4000 rw-p 00000000 00:00 0\n{line}\n");
-            assert_eq!(parse(text.as_bytes()), Err(MalformedMaps { line: 2 }), "{line}");
+            assert_eq!(
+                parse(text.as_bytes()),
+                Err(MalformedMaps { line: 2 }),
+                "{line}"
+            );
         }
     }
 }

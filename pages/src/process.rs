@@ -24,7 +24,10 @@ pub struct Process {
 pub fn processes_of_cgroup(procs_file: &Path) -> io::Result<Vec<Process>> {
     let mut pids = Vec::new();
     for line in std::fs::read_to_string(procs_file)?.lines() {
-        let pid: i32 = line.trim().parse().map_err(|_| io::ErrorKind::InvalidData)?;
+        let pid: i32 = line
+            .trim()
+            .parse()
+            .map_err(|_| io::ErrorKind::InvalidData)?;
         // Zero stands for a process of another pid namespace.
         if pid > 0 {
             pids.push(pid);
@@ -35,7 +38,9 @@ pub fn processes_of_cgroup(procs_file: &Path) -> io::Result<Vec<Process>> {
     pids.dedup();
     let mut processes = Vec::with_capacity(pids.len());
     for pid in pids {
-        let Some(status) = read_unless_gone(&format!("/proc/{pid}/status"))? else { continue };
+        let Some(status) = read_unless_gone(&format!("/proc/{pid}/status"))? else {
+            continue;
+        };
         match parse_status(&status) {
             Status::Alive(space) => processes.push(Process { pid, space }),
             Status::Dead => {}
@@ -52,7 +57,11 @@ enum Status {
 }
 
 fn parse_status(status: &str) -> Status {
-    let field = |name| status.lines().find_map(|line: &str| line.strip_prefix(name));
+    let field = |name| {
+        status
+            .lines()
+            .find_map(|line: &str| line.strip_prefix(name))
+    };
     match field("State:").map(str::trim_start) {
         Some(state) if state.starts_with(['Z', 'X']) => return Status::Dead,
         Some(_) => {}
@@ -77,7 +86,9 @@ pub(crate) fn stack_pages(pid: i32) -> io::Result<Vec<u64>> {
     };
     for task in tasks {
         let path = task?.path().join("syscall");
-        let Some(text) = read_unless_gone(&path.to_string_lossy())? else { continue };
+        let Some(text) = read_unless_gone(&path.to_string_lossy())? else {
+            continue;
+        };
         if let Some(pointer) = parse_stack_pointer(&text) {
             pages.push(pointer - pointer % PAGE_BYTES as u64);
         }
@@ -106,7 +117,10 @@ pub(crate) fn read_unless_gone(path: &str) -> io::Result<Option<String>> {
 
 /// Whether an error means that the process ended: before the file was opened, or between that and the reading.
 pub(crate) fn is_gone(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(nix::libc::ENOENT | nix::libc::ESRCH))
+    matches!(
+        error.raw_os_error(),
+        Some(nix::libc::ENOENT | nix::libc::ESRCH)
+    )
 }
 
 #[cfg(test)]
@@ -117,42 +131,65 @@ mod tests {
     fn a_control_group_is_its_living_processes() {
         let mut zombie = std::process::Command::new("/bin/true").spawn().unwrap();
         let status = format!("/proc/{}/status", zombie.id());
-        while !std::fs::read_to_string(&status).unwrap().contains("State:\tZ") {
+        while !std::fs::read_to_string(&status)
+            .unwrap()
+            .contains("State:\tZ")
+        {
             std::thread::yield_now();
         }
         let directory = tempfile::tempdir().unwrap();
         let procs = directory.path().join("cgroup.procs");
         let own = std::process::id();
-        std::fs::write(&procs, format!("{own}\n{}\n0\n{own}\n{}\n", zombie.id(), i32::MAX)).unwrap();
+        std::fs::write(
+            &procs,
+            format!("{own}\n{}\n0\n{own}\n{}\n", zombie.id(), i32::MAX),
+        )
+        .unwrap();
         let processes = processes_of_cgroup(&procs).unwrap();
         zombie.wait().unwrap();
         assert_eq!(processes.len(), 1);
         assert_eq!(processes[0].pid, i32::try_from(own).unwrap());
         std::fs::write(&procs, "no pid\n").unwrap();
-        assert_eq!(processes_of_cgroup(&procs).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(
+            processes_of_cgroup(&procs).unwrap_err().kind(),
+            io::ErrorKind::InvalidData
+        );
     }
 
     #[test]
     fn the_space_is_the_pid_of_the_innermost_namespace() {
-        let Status::Alive(space) = parse_status("State:\tS (sleeping)\nNSpid:\t4711\t12\t1\n") else {
+        let Status::Alive(space) = parse_status("State:\tS (sleeping)\nNSpid:\t4711\t12\t1\n")
+        else {
             panic!("alive");
         };
         assert_eq!(space, SpaceId(1));
-        assert!(matches!(parse_status("State:\tZ (zombie)\nNSpid:\t7\n"), Status::Dead));
-        assert!(matches!(parse_status("State:\tS (sleeping)\n"), Status::Unknown));
+        assert!(matches!(
+            parse_status("State:\tZ (zombie)\nNSpid:\t7\n"),
+            Status::Dead
+        ));
+        assert!(matches!(
+            parse_status("State:\tS (sleeping)\n"),
+            Status::Unknown
+        ));
     }
 
     #[test]
     fn stack_pointers_are_read_in_and_outside_of_system_calls() {
         let text = "35 0x7ffd 0x0 0x0 0x8 0x7ff 0x0 0x7ffdbb0b1e88 0x7fe9d66a23c7\n";
         assert_eq!(parse_stack_pointer(text), Some(0x7ffd_bb0b_1e88));
-        assert_eq!(parse_stack_pointer("-1 0x7ffdbb0b1e88 0x4011\n"), Some(0x7ffd_bb0b_1e88));
+        assert_eq!(
+            parse_stack_pointer("-1 0x7ffdbb0b1e88 0x4011\n"),
+            Some(0x7ffd_bb0b_1e88)
+        );
         assert_eq!(parse_stack_pointer("running\n"), None);
     }
 
     #[test]
     fn a_sleeping_process_has_its_stack_page_on_its_stack() {
-        let mut child = std::process::Command::new("/bin/sleep").arg("10").spawn().unwrap();
+        let mut child = std::process::Command::new("/bin/sleep")
+            .arg("10")
+            .spawn()
+            .unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         let mut pages = stack_pages(pid);
         for _ in 0..1000 {
@@ -171,7 +208,10 @@ mod tests {
         match pages {
             Err(error) => println!("skipped: not permitted here: {error}"),
             Ok(pages) => {
-                let stack = maps.iter().find(|mapping| mapping.name() == b"[stack]").unwrap();
+                let stack = maps
+                    .iter()
+                    .find(|mapping| mapping.name() == b"[stack]")
+                    .unwrap();
                 assert_eq!(pages.len(), 1);
                 assert!(stack.range.contains(&pages[0]));
             }

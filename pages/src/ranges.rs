@@ -53,7 +53,11 @@ impl RangeSet {
         if range.is_empty() {
             return parts;
         }
-        let first = self.ranges.range(..=range.start).next_back().map_or(range.start, |(s, _)| *s);
+        let first = self
+            .ranges
+            .range(..=range.start)
+            .next_back()
+            .map_or(range.start, |(s, _)| *s);
         for (&start, &end) in self.ranges.range(first..range.end) {
             let part = start.max(range.start)..end.min(range.end);
             if !part.is_empty() {
@@ -100,6 +104,10 @@ pub(crate) fn pieces(range: Range<u64>, step: u64) -> impl Iterator<Item = Range
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::single_range_in_vec_init,
+    reason = "lists of ranges, some of one"
+)]
 mod tests {
     use super::*;
 
@@ -146,7 +154,9 @@ mod tests {
         // All ways to insert and remove short ranges in a small universe, by a fixed pseudo-random walk.
         let mut state = 1_u64;
         let mut next = |limit: u64| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (state >> 33) % limit
         };
         let mut model = std::collections::BTreeSet::new();

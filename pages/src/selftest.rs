@@ -46,33 +46,53 @@ const TABLE_BYTES: usize = 2 << 20;
 /// # Errors
 ///
 /// What is missing, refused, or different.
+#[allow(
+    clippy::single_range_in_vec_init,
+    reason = "lists of ranges, some of one"
+)]
 pub fn self_test() -> Result<(), Unsupported> {
     check_page_size()?;
     let refused = |operation| move |source| Unsupported::Refused { operation, source };
     // Two page tables' worth, small pages: huge ones would be split and show other numbers.
-    let mut memory =
-        Mapping::new(2 * TABLE_BYTES, TABLE_BYTES).map_err(refused("mmap"))?;
+    let mut memory = Mapping::new(2 * TABLE_BYTES, TABLE_BYTES).map_err(refused("mmap"))?;
     match memory.advise(sys::mapping::Advice::SmallPages) {
         // A kernel without huge pages.
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
         other => other.map_err(refused("madvise"))?,
     }
     let userfaultfd = Userfaultfd::create(true).map_err(refused("userfaultfd"))?;
-    userfaultfd.handshake_tracking().map_err(refused("asynchronous write protection"))?;
+    userfaultfd
+        .handshake_tracking()
+        .map_err(refused("asynchronous write protection"))?;
     let pid = i32::try_from(std::process::id()).unwrap_or(0);
     let pagemap = Pagemap::open(pid).map_err(refused("opening the pagemap"))?;
-    let mut probe = Probe { pagemap, base: memory.as_ptr() as u64, regions: Vec::with_capacity(64) };
+    let mut probe = Probe {
+        pagemap,
+        base: memory.as_ptr() as u64,
+        regions: Vec::with_capacity(64),
+    };
 
     for page in 0..4 {
         memory[page * PAGE_BYTES] = 1;
     }
-    if probe.scan(0..8, Selection::WRITTEN, Effect::Protect).is_ok() {
-        return Err(Unsupported::Misbehaves("memory that is not tracked can be scanned as if it were"));
+    if probe
+        .scan(0..8, Selection::WRITTEN, Effect::Protect)
+        .is_ok()
+    {
+        return Err(Unsupported::Misbehaves(
+            "memory that is not tracked can be scanned as if it were",
+        ));
     }
     let all = probe.base..probe.base + memory.len() as u64;
-    userfaultfd.track(all.clone()).map_err(refused("registering memory"))?;
+    userfaultfd
+        .track(all.clone())
+        .map_err(refused("registering memory"))?;
     let populated = probe.scan(0..8, Selection::POPULATED, Effect::Protect);
-    probe.expect(populated, &[0..4], "populated pages are not told from others")?;
+    probe.expect(
+        populated,
+        &[0..4],
+        "populated pages are not told from others",
+    )?;
     // All entries of the table count once, the empty ones too, and are protected then.
     let written = probe.scan(0..8, Selection::WRITTEN, Effect::Protect);
     probe.expect(written, &[4..8], "new empty pages are not reported")?;
@@ -83,12 +103,22 @@ pub fn self_test() -> Result<(), Unsupported> {
     memory[5 * PAGE_BYTES] = 2;
     let read = memory[2 * PAGE_BYTES] + memory[6 * PAGE_BYTES];
     if read != 1 {
-        return Err(Unsupported::Misbehaves("tracked memory does not keep its content"));
+        return Err(Unsupported::Misbehaves(
+            "tracked memory does not keep its content",
+        ));
     }
     let written = probe.scan(0..8, Selection::WRITTEN, Effect::LookTracked);
-    probe.expect(written, &[1..2, 5..6], "written pages are not told from those read")?;
+    probe.expect(
+        written,
+        &[1..2, 5..6],
+        "written pages are not told from those read",
+    )?;
     let written = probe.scan(0..8, Selection::WRITTEN, Effect::Protect);
-    probe.expect(written, &[1..2, 5..6], "looking at written pages changes them")?;
+    probe.expect(
+        written,
+        &[1..2, 5..6],
+        "looking at written pages changes them",
+    )?;
     let written = probe.scan(0..8, Selection::WRITTEN, Effect::Protect);
     probe.expect(written, &[], "pages are not protected again")?;
     memory[PAGE_BYTES] = 3;
@@ -105,20 +135,31 @@ pub fn self_test() -> Result<(), Unsupported> {
     memory[TABLE_BYTES..].fill(4);
     let populated = probe.scan(second..2 * second, Selection::POPULATED, Effect::Protect);
     let all = second..2 * second;
-    probe.expect(populated, &[all], "populated pages are not told from others")?;
+    probe.expect(
+        populated,
+        &[all],
+        "populated pages are not told from others",
+    )?;
     sys::memory::discard(&mut memory[TABLE_BYTES..]).map_err(refused("MADV_DONTNEED"))?;
     let populated = probe.scan(second..2 * second, Selection::POPULATED, Effect::Protect);
     probe.expect(populated, &[], "dropped pages count as populated")?;
     let last_page = probe.base + memory.len() as u64 - PAGE;
     match probe.pagemap.has_entry(last_page, PAGE) {
         Ok(false) => Ok(()),
-        Ok(true) => Err(Unsupported::Misbehaves("dropped pages have page-table entries")),
-        Err(source) => Err(Unsupported::Refused { operation: "reading the pagemap", source }),
+        Ok(true) => Err(Unsupported::Misbehaves(
+            "dropped pages have page-table entries",
+        )),
+        Err(source) => Err(Unsupported::Refused {
+            operation: "reading the pagemap",
+            source,
+        }),
     }
 }
 
 fn check_page_size() -> Result<(), Unsupported> {
-    let size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok().flatten();
+    let size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
+        .ok()
+        .flatten();
     match size {
         Some(size) if usize::try_from(size) == Ok(PAGE_BYTES) => Ok(()),
         other => Err(Unsupported::PageSize(other.unwrap_or(0))),
@@ -140,9 +181,14 @@ impl Probe {
         effect: Effect,
     ) -> io::Result<Vec<Range<u64>>> {
         let range = self.base + pages.start * PAGE..self.base + pages.end * PAGE;
-        self.pagemap.scan(range, selection, effect, &mut self.regions)?;
+        self.pagemap
+            .scan(range, selection, effect, &mut self.regions)?;
         let page = |addr: u64| (addr - self.base) / PAGE;
-        Ok(self.regions.iter().map(|region| page(region.start)..page(region.end)).collect())
+        Ok(self
+            .regions
+            .iter()
+            .map(|region| page(region.start)..page(region.end))
+            .collect())
     }
 
     fn expect(
@@ -154,7 +200,10 @@ impl Probe {
         match found {
             Ok(found) if found == expected => Ok(()),
             Ok(_) => Err(Unsupported::Misbehaves(otherwise)),
-            Err(source) => Err(Unsupported::Refused { operation: "PAGEMAP_SCAN", source }),
+            Err(source) => Err(Unsupported::Refused {
+                operation: "PAGEMAP_SCAN",
+                source,
+            }),
         }
     }
 }

@@ -55,9 +55,11 @@ impl Flags {
     /// before the process runs), not hugetlb, not a shadow stack (mapped by the kernel), nothing that is not memory, and
     /// not memory that the kernel may drop.
     pub(crate) fn can_be_filled_lazily(&self) -> bool {
-        ![*b"lo", *b"ht", *b"ss", *b"io", *b"pf", *b"mm", *b"dp", *b"gd"]
-            .into_iter()
-            .any(|flag| self.has(flag))
+        ![
+            *b"lo", *b"ht", *b"ss", *b"io", *b"pf", *b"mm", *b"dp", *b"gd",
+        ]
+        .into_iter()
+        .any(|flag| self.has(flag))
     }
 
     /// Whether these are the flags the kernel gives to fresh `brk` memory.
@@ -79,7 +81,11 @@ impl Smaps {
             if line.first().is_some_and(|byte| !byte.is_ascii_uppercase()) {
                 let header = line.strip_suffix(b"\n").unwrap_or(line);
                 let mapping = maps::parse_line(header)?;
-                sections.push(Section { mapping, body: behind..behind, flags: Flags::default() });
+                sections.push(Section {
+                    mapping,
+                    body: behind..behind,
+                    flags: Flags::default(),
+                });
             } else {
                 let section = sections.last_mut()?;
                 section.body.end = behind;
@@ -90,7 +96,10 @@ impl Smaps {
             offset = behind;
         }
         // A section without flags is one we read while it changed, or a kernel that does not tell.
-        sections.iter().all(|section| !section.flags.0.is_empty()).then_some(Self { text, sections })
+        sections
+            .iter()
+            .all(|section| !section.flags.0.is_empty())
+            .then_some(Self { text, sections })
     }
 
     /// The flags of a mapping of now, if it is evidently one of then.
@@ -111,13 +120,16 @@ impl Smaps {
     }
 
     fn find(&self, mapping: &Mapping, all: &[Mapping]) -> Option<&Section> {
-        let first =
-            self.sections.partition_point(|section| section.mapping.range.end <= mapping.range.start);
+        let first = self
+            .sections
+            .partition_point(|section| section.mapping.range.end <= mapping.range.start);
         let overlapping: Vec<&Section> = self.sections[first..]
             .iter()
             .take_while(|section| section.mapping.range.start < mapping.range.end)
             .collect();
-        let Some(&section) = overlapping.first() else { return self.heap_before(mapping) };
+        let Some(&section) = overlapping.first() else {
+            return self.heap_before(mapping);
+        };
         if section.mapping.line == mapping.line {
             return Some(section);
         }
@@ -146,7 +158,11 @@ impl Smaps {
 
 /// Where a mapping's file would begin in memory: equal for pieces of one mapping. Anonymous memory has no file.
 fn file_position(mapping: &Mapping) -> u64 {
-    if mapping.inode == 0 { 0 } else { mapping.range.start.wrapping_sub(mapping.offset) }
+    if mapping.inode == 0 {
+        0
+    } else {
+        mapping.range.start.wrapping_sub(mapping.offset)
+    }
 }
 
 /// Whether more than one mapping of now lies where this one of then was, looking like it.
@@ -174,11 +190,20 @@ pub(crate) struct LockedMemory {
 impl LockedMemory {
     /// Parses the text of `/proc/PID/status`; `None` for a process without memory of its own (a zombie).
     pub(crate) fn parse(status: &str) -> Option<Self> {
-        let field = |name| status.lines().find_map(|line: &str| line.strip_prefix(name));
+        let field = |name| {
+            status
+                .lines()
+                .find_map(|line: &str| line.strip_prefix(name))
+        };
         let locked_kib = field("VmLck:")?.trim().strip_suffix(" kB")?.parse().ok()?;
         let features = field("x86_Thread_features:").unwrap_or_default();
-        let shadow_stacks = features.split_ascii_whitespace().any(|feature| feature == "shstk");
-        Some(Self { locked_kib, shadow_stacks })
+        let shadow_stacks = features
+            .split_ascii_whitespace()
+            .any(|feature| feature == "shstk");
+        Some(Self {
+            locked_kib,
+            shadow_stacks,
+        })
     }
 
     /// Nothing is locked and no mapping is a shadow stack: private anonymous memory is ordinary memory, whatever flags
@@ -193,10 +218,13 @@ mod tests {
     use super::*;
 
     fn section(header: &str, flags: &str) -> String {
-        format!("{header}\nSize:                  4 kB\nRss:                   4 kB\nVmFlags: {flags}\n")
+        format!(
+            "{header}\nSize:                  4 kB\nRss:                   4 kB\nVmFlags: {flags}\n"
+        )
     }
 
-    const TEXT_LINE: &str = "400000-401000 r-xp 00000000 08:01 9                          /bin/tern";
+    const TEXT_LINE: &str =
+        "400000-401000 r-xp 00000000 08:01 9                          /bin/tern";
     const HEAP: &str = "500000-600000 rw-p 00000000 00:00 0                          [heap]";
     const ARENA: &str = "7f0000000000-7f0000400000 rw-p 00000000 00:00 0 ";
     const USUAL: &str = "rd wr mr mw me ac sd ";
@@ -240,7 +268,11 @@ mod tests {
     fn mappings_that_grew_shrank_or_went_get_their_new_headers() {
         let grown = "500000-680000 rw-p 00000000 00:00 0                          [heap]";
         let shrunk = "7f0000100000-7f0000300000 rw-p 00000000 00:00 0 ";
-        for lines in [[TEXT_LINE, grown, shrunk].as_slice(), &[TEXT_LINE, grown], &[shrunk]] {
+        for lines in [
+            [TEXT_LINE, grown, shrunk].as_slice(),
+            &[TEXT_LINE, grown],
+            &[shrunk],
+        ] {
             assert_eq!(headers(lines).unwrap(), lines);
         }
     }
@@ -271,21 +303,32 @@ mod tests {
         assert_eq!(headers(&[front, back]), None);
         // One that was made inaccessible in the middle is new; what is around it differs in nothing else, but it could.
         let middle = "7f0000100000-7f0000200000 ---p 00000000 00:00 0 ";
-        assert_eq!(headers(&["7f0000000000-7f0000100000 rw-p 00000000 00:00 0 ", middle]), None);
+        assert_eq!(
+            headers(&["7f0000000000-7f0000100000 rw-p 00000000 00:00 0 ", middle]),
+            None
+        );
     }
 
     #[test]
     fn mappings_that_were_merged_are_known_if_they_were_alike() {
         let text = |second| {
             [
-                section("500000-600000 rw-p 00000000 00:00 0 [heap]", "rd wr mr mw me ac uw sd "),
+                section(
+                    "500000-600000 rw-p 00000000 00:00 0 [heap]",
+                    "rd wr mr mw me ac uw sd ",
+                ),
                 section("600000-700000 rw-p 00000000 00:00 0 [heap]", second),
             ]
             .concat()
             .into_bytes()
         };
         let merged = mappings(&["500000-700000 rw-p 00000000 00:00 0 [heap]"]);
-        assert!(Smaps::parse(text(USUAL)).unwrap().compose(&merged).is_some());
+        assert!(
+            Smaps::parse(text(USUAL))
+                .unwrap()
+                .compose(&merged)
+                .is_some()
+        );
         let different = text("rd wr mr mw me ac dc sd ");
         assert!(Smaps::parse(different).unwrap().compose(&merged).is_none());
     }
@@ -294,7 +337,12 @@ mod tests {
     fn flags_tell_what_cannot_be_filled_lazily() {
         let current = mappings(&[TEXT_LINE, HEAP, ARENA]);
         let smaps = smaps();
-        assert!(smaps.flags(&current[1], &current).unwrap().can_be_filled_lazily());
+        assert!(
+            smaps
+                .flags(&current[1], &current)
+                .unwrap()
+                .can_be_filled_lazily()
+        );
         for flag in ["lo", "ht", "ss", "dp", "gd"] {
             assert!(!Flags::parse(format!("rd wr {flag} sd").as_bytes()).can_be_filled_lazily());
         }
@@ -313,16 +361,26 @@ mod tests {
     fn the_real_text_of_this_process_is_understood() {
         let smaps = Smaps::parse(std::fs::read("/proc/self/smaps").unwrap()).unwrap();
         assert!(smaps.sections.len() > 5);
-        let current: Vec<_> =
-            smaps.sections.iter().map(|section| section.mapping.clone()).collect();
+        let current: Vec<_> = smaps
+            .sections
+            .iter()
+            .map(|section| section.mapping.clone())
+            .collect();
         assert_eq!(smaps.compose(&current).unwrap(), smaps.text);
     }
 
     #[test]
     fn locked_memory_is_read_from_status() {
-        let status = "Name:\tx\nVmPeak:\t 10 kB\nVmLck:\t      64 kB\nx86_Thread_features:\tshstk wrss\n";
+        let status =
+            "Name:\tx\nVmPeak:\t 10 kB\nVmLck:\t      64 kB\nx86_Thread_features:\tshstk wrss\n";
         let locked = LockedMemory::parse(status).unwrap();
-        assert_eq!(locked, LockedMemory { locked_kib: 64, shadow_stacks: true });
+        assert_eq!(
+            locked,
+            LockedMemory {
+                locked_kib: 64,
+                shadow_stacks: true
+            }
+        );
         assert!(!locked.all_is_ordinary());
         let own = std::fs::read_to_string("/proc/self/status").unwrap();
         assert_eq!(LockedMemory::parse(&own).unwrap().locked_kib, 0);

@@ -140,7 +140,7 @@ impl Staging {
                 let count = (end - page).min(WINDOW_PAGES - first);
                 let pages = first..first + count;
                 match record.kind {
-                    RecordKind::Zero => self.remove(&mut extent, index, pages),
+                    RecordKind::Zero => self.forget(&mut extent, index, pages),
                     RecordKind::Data => {
                         let (front, rest) = content.split_at(count * PAGE_BYTES);
                         self.write(&mut extent, index, pages, front, hot)
@@ -181,7 +181,39 @@ impl Staging {
             for index in 0..EXTENT_WINDOWS {
                 let start = number * EXTENT_BYTES + (index * WINDOW_BYTES) as u64;
                 for gap in gaps(start, &ranges) {
-                    self.remove(&mut extent, index, gap);
+                    self.forget(&mut extent, index, gap);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops what lies in `ranges`, which are page aligned: pages that are restored by somebody else.
+    ///
+    /// # Errors
+    ///
+    /// [`StagingError::Sealed`].
+    pub fn remove(&self, space: SpaceId, ranges: &[Range<u64>]) -> Result<(), StagingError> {
+        let Some(staged) = read(&self.spaces).get(&space).cloned() else {
+            return Ok(());
+        };
+        let extents = read(&staged.extents);
+        for range in ranges.iter().filter(|range| range.start < range.end) {
+            let numbers = range.start / EXTENT_BYTES..=(range.end - 1) / EXTENT_BYTES;
+            for (number, extent) in extents.by_number.range(numbers) {
+                let mut extent = lock(extent);
+                if extent.sealed {
+                    return Err(StagingError::Sealed(space));
+                }
+                for index in 0..EXTENT_WINDOWS {
+                    let start = number * EXTENT_BYTES + (index * WINDOW_BYTES) as u64;
+                    let end = start + WINDOW_BYTES as u64;
+                    let from = (range.start.clamp(start, end) - start) as usize;
+                    let to = (range.end.clamp(start, end) - start) as usize;
+                    let pages = from / PAGE_BYTES..to.div_ceil(PAGE_BYTES);
+                    if !pages.is_empty() {
+                        self.forget(&mut extent, index, pages);
+                    }
                 }
             }
         }
@@ -333,7 +365,7 @@ impl Staging {
     }
 
     /// Removes pages from an extent that is not sealed; a window without pages goes with its memory.
-    fn remove(&self, extent: &mut Extent, index: usize, pages: Range<usize>) {
+    fn forget(&self, extent: &mut Extent, index: usize, pages: Range<usize>) {
         let Some(window) = extent.windows[index].as_mut().and_then(Arc::get_mut) else {
             return;
         };
@@ -562,6 +594,28 @@ mod tests {
         assert_eq!(first_byte(&staging, BASE + 3 * PAGE), Some(1));
         assert_eq!(first_byte(&staging, BASE + 2 * EXTENT_BYTES), Some(1));
         staging.retain(A, &[]).unwrap();
+        assert_eq!(staging.usage(), StagingUsage::default());
+    }
+
+    #[test]
+    fn removing_drops_what_is_inside_to_the_page() {
+        let staging = Staging::new(1 << 30);
+        for extent in 0..3 {
+            let addr = BASE + extent * EXTENT_BYTES;
+            staging.apply(&data(A, addr, 256, 1)).unwrap();
+        }
+        let removed = [
+            BASE + 255 * PAGE..BASE + EXTENT_BYTES + PAGE,
+            BASE + 2 * PAGE..BASE + 4 * PAGE,
+            BASE..BASE,
+        ];
+        staging.remove(A, &removed).unwrap();
+        assert_eq!(staging.usage().pages, 3 * 256 - 4);
+        assert_eq!(first_byte(&staging, BASE + PAGE), Some(1));
+        assert_eq!(first_byte(&staging, BASE + 2 * PAGE), None);
+        assert_eq!(first_byte(&staging, BASE + EXTENT_BYTES), None);
+        let everything = 0..u64::MAX;
+        staging.remove(A, &[everything]).unwrap();
         assert_eq!(staging.usage(), StagingUsage::default());
     }
 

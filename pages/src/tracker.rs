@@ -26,18 +26,18 @@
 //! includes empty entries without a marker: a page dropped by `MADV_DONTNEED` is reported (protection is not kept for
 //! private anonymous memory), read as zeros, and voided if held.
 //!
-//! **What no scan reports is a place without a page table.** A table vanishes when everything in it is dropped:
+//! **A page table that vanished leaves nothing to be reported.** A table goes when everything in it is dropped:
 //! `MADV_DONTNEED` over 2 MiB (since `CONFIG_PT_RECLAIM`), over a huge page (which has no table at all), or `munmap` and
-//! `mmap` of the same place. Nothing remains there to be reported, while the destination holds what was sent. If a new
-//! table appears later, by a write nearby, all its entries are unprotected and the first scan reports all of them. So
-//! only tables that are missing in the end matter. [`Tracker::final_lap`] therefore asks for one entry in each 2 MiB
-//! of which anything is held: entries of an existing table that has been scanned are never zero (they hold a page, a
-//! swap entry or a marker; in memory that was never armed they can be, which costs a look). Where the entry is zero, all
-//! of the 2 MiB that is held and not there is voided.
+//! `mmap` of the same place. What scans say about such a place differs between kernels (see
+//! [`sys::pagemap::Selection::WRITTEN`]), and the destination may hold what was sent of it before. So the scan for
+//! written pages is used only on places of which something is held and whose last page-table entry is not empty: then
+//! there is a table, and what is in it is reported. (If it vanishes in a lap after that look, or comes back with all
+//! entries unprotected, the next pass sees it.) Everywhere else a scan for content is used, and whatever is held and not
+//! found is voided. In the final lap nothing changes between the look and the scan.
 //!
-//! **New memory over old.** When memory is sent in full, because it is new or no longer tracked, whatever is held and
-//! not there is voided in the same pass. What belongs to no claimed range any more, the destination drops: it is told
-//! the claimed ranges.
+//! **New memory over old.** Memory that is sent in full, because it is new or no longer tracked, goes through the scan
+//! for content as well: whatever is held and not there is voided in the same pass. What belongs to no claimed range any
+//! more, the destination drops: it is told the claimed ranges.
 //!
 //! # What is not covered
 //!
@@ -225,7 +225,9 @@ impl Tracker {
         let mut present = BTreeMap::new();
         for process in processes {
             if present.insert(process.space, *process).is_some() {
-                return Err(TrackError::DuplicateSpace { space: process.space });
+                return Err(TrackError::DuplicateSpace {
+                    space: process.space,
+                });
             }
         }
         for space in self.spaces.values_mut() {
@@ -234,7 +236,10 @@ impl Tracker {
             }
         }
         for (id, process) in present {
-            self.spaces.entry(id).or_insert_with(|| Space::new(process)).rebind(process);
+            self.spaces
+                .entry(id)
+                .or_insert_with(|| Space::new(process))
+                .rebind(process);
         }
         Ok(())
     }

@@ -14,6 +14,8 @@ use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use nodeapi::{ContainerFacts, ContainerRecord, RunDir, RunState};
 use protobuf::MessageField;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Result};
@@ -43,6 +45,11 @@ pub(crate) struct Context {
     pub(crate) publisher: Publisher,
     /// Where engines write what they have to say.
     pub(crate) log: Option<Arc<std::fs::File>>,
+    /// Cancelled when the shim is to end.
+    pub(crate) shutdown: CancellationToken,
+    /// What the end of the shim waits for a little: engines that still have
+    /// something to say or to clean up.
+    pub(crate) last_work: TaskTracker,
 }
 
 /// The root file system's mounts and where they go.

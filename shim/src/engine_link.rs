@@ -25,6 +25,10 @@ const MESSAGE_BYTES: usize = 256 << 10;
 /// How long an engine may take to open its sockets.
 const LISTENING_LIMIT: Duration = Duration::from_secs(10);
 
+/// How much longer an engine may go on that has nothing more to do for the shim
+/// when that ends.
+const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
+
 /// How long an engine that was asked to stop may take before it is killed.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 
@@ -180,12 +184,22 @@ impl Engine {
     }
 
     /// It has said its last word to us and ends when it has said it to the
-    /// others, who may ask late: it is not hurried.
-    pub(crate) async fn see_off(mut self) {
-        while self.next().await.is_some() {}
-        if let Some(exit) = self.exit.take() {
-            // An error only when the reaper is gone.
-            drop(exit.await);
+    /// others, who may ask late: it is not hurried, unless the shim ends.
+    pub(crate) async fn see_off(mut self, context: &Context) {
+        let gone = async {
+            while self.next().await.is_some() {}
+            if let Some(exit) = self.exit.take() {
+                // An error only when the reaper is gone.
+                drop(exit.await);
+            }
+        };
+        let hurry = async {
+            context.shutdown.cancelled().await;
+            tokio::time::sleep(FAREWELL_LIMIT).await;
+        };
+        tokio::select! {
+            () = gone => {}
+            () = hurry => {}
         }
     }
 

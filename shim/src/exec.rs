@@ -66,6 +66,9 @@ impl Counted {
         if view.init_ended {
             return Err(Error::InitNotRunning(container.id.clone()));
         }
+        if view.activity.forbids(Verb::Exec) {
+            return Err(Error::Migrating(container.id.clone()));
+        }
         container.running_execs.send_modify(|running| *running += 1);
         drop(view);
         Ok(Self(Arc::clone(container)))

@@ -105,15 +105,25 @@ impl Arrival {
 
 /// Serves `Create` for a container that is expected.
 pub(crate) async fn prepare(container: &Arc<Container>, incoming: Incoming) -> Result<()> {
+    let traces = Traces {
+        staging: container.context.run_dir.staging(&incoming.migration_id),
+        ticket_socket: container.context.run_dir.ticket_socket(&incoming.ticket.id),
+    };
     let job = ToEngine::Receive(Box::new(ReceiveJob {
         incoming,
         container: container.facts(),
     }));
-    let engine = Engine::start(&container.context, &job).await?;
     let Some(arrival) = container.arrival.clone() else {
         return Err(Error::Engine {
-            what: "was started for a container that is not expected".to_owned(),
+            what: "is wanted for a container that is not expected".to_owned(),
         });
+    };
+    let engine = match Engine::start(&container.context, &job).await {
+        Ok(engine) => engine,
+        Err(error) => {
+            traces.remove();
+            return Err(error);
+        }
     };
     let receiver = Receiver {
         container: Arc::clone(container),
@@ -121,8 +131,32 @@ pub(crate) async fn prepare(container: &Arc<Container>, incoming: Incoming) -> R
         engine,
         guards: Vec::new(),
     };
-    tokio::spawn(receiver.run());
+    container.context.last_work.spawn(async move {
+        receiver.run().await;
+        traces.remove();
+    });
     Ok(())
+}
+
+/// What an engine leaves that could not clean up.
+struct Traces {
+    staging: PathBuf,
+    ticket_socket: PathBuf,
+}
+
+impl Traces {
+    fn remove(&self) {
+        for removed in [
+            fs::remove_dir_all(&self.staging),
+            fs::remove_file(&self.ticket_socket),
+        ] {
+            if let Err(error) = removed
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                tracing::warn!(%error, "files of a migration are left");
+            }
+        }
+    }
 }
 
 struct Receiver {
@@ -225,6 +259,12 @@ impl Receiver {
                     engine_knows: false,
                 });
             }
+            () = self.container.context.shutdown.cancelled() => {
+                return Err(GivenUp {
+                    reason: "the shim ends".to_owned(),
+                    engine_knows: false,
+                });
+            }
             message = self.engine.next() => message,
         };
         match message {
@@ -273,10 +313,17 @@ impl Receiver {
             tokio::select! {
                 finished = restore.finish() => break finished,
                 message = self.next() => {
-                    if let Err(given_up) = message {
-                        restore.abandon().await;
-                        return Err(given_up);
-                    }
+                    let given_up = match message {
+                        // The engine waits for the word that nothing is left.
+                        Ok(FromEngine::AbandonRestore { reason }) => GivenUp {
+                            reason,
+                            engine_knows: false,
+                        },
+                        Ok(_) => continue,
+                        Err(given_up) => given_up,
+                    };
+                    restore.abandon().await;
+                    return Err(given_up);
                 }
             }
         };
@@ -301,7 +348,11 @@ impl Receiver {
         // Not before the processes are gone.
         drop(guards);
         if given_up.engine_knows {
-            tokio::spawn(engine.see_off());
+            let context = Arc::clone(&container.context);
+            container
+                .context
+                .last_work
+                .spawn(async move { engine.see_off(&context).await });
         } else {
             engine.stop(&given_up.reason).await;
         }
@@ -312,7 +363,12 @@ impl Receiver {
     async fn settle(mut self) {
         let id = self.container.id.clone();
         loop {
-            match self.engine.next().await {
+            let message = tokio::select! {
+                message = self.engine.next() => message,
+                // With this process go engine and guards.
+                () = self.container.context.shutdown.cancelled() => None,
+            };
+            match message {
                 Some((FromEngine::Settled, _)) => {
                     drop(std::mem::take(&mut self.guards));
                     let settled = {
@@ -327,18 +383,16 @@ impl Receiver {
                         self.container.publish_record();
                     }
                     tracing::info!(id, "settled");
-                    self.engine.see_off().await;
+                    self.engine.see_off(&self.container.context).await;
                     return;
                 }
                 Some((_, fds)) => self.guards.extend(fds),
                 None => break,
             }
         }
-        let ended = self.engine.how_it_ended().await;
         tracing::error!(
             id,
-            ended,
-            "engine died while memory was missing: the container is killed"
+            "nobody is left to serve its memory: the container is killed"
         );
         kill_all(&self.container).await;
         drop(self.guards);

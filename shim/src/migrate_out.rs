@@ -54,7 +54,8 @@ pub(crate) async fn send(container: &Arc<Container>, request: SendRequest) -> Re
     match Engine::start(&container.context, &job).await {
         Ok(engine) => {
             container.view().sender_pid = Some(engine.pid());
-            tokio::spawn(watch(Arc::clone(container), engine));
+            let followed = watch(Arc::clone(container), engine);
+            container.context.last_work.spawn(followed);
             Ok(())
         }
         Err(error) => {
@@ -92,7 +93,12 @@ fn begin(container: &Container) -> Result<()> {
 async fn watch(container: Arc<Container>, mut engine: Engine) {
     let mut committed = false;
     let outcome = loop {
-        match engine.next().await {
+        let message = tokio::select! {
+            message = engine.next() => message,
+            // The engine goes with the shim.
+            () = container.context.shutdown.cancelled() => return,
+        };
+        match message {
             Some((FromEngine::Committed, _)) => {
                 committed = true;
                 container.set_activity_if_alive(Activity::Committed);
@@ -129,7 +135,7 @@ async fn watch(container: Arc<Container>, mut engine: Engine) {
         }
     }
     if outcome.is_some() {
-        engine.see_off().await;
+        engine.see_off(&container.context).await;
         container.view().sender_pid = None;
     }
 }

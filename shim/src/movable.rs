@@ -32,7 +32,10 @@ pub(crate) enum Unconfined {
     /// It gets one with our rules alone.
     #[cfg_attr(
         not(test),
-        expect(dead_code, reason = "until CRIU can be watched without a seccomp filter: see Spec::keep_movable")
+        expect(
+            dead_code,
+            reason = "until CRIU can be watched without a seccomp filter: see Spec::keep_movable"
+        )
     )]
     Confine,
 }

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::TaskDelete;
 use protobuf::MessageField;
-use tokio_util::sync::CancellationToken;
 
 use crate::container::{Container, Context};
 use crate::create;
@@ -27,8 +26,6 @@ enum Entry {
 pub(crate) struct Pod {
     pub(crate) context: Arc<Context>,
     containers: Mutex<HashMap<String, Entry>>,
-    /// Cancelled when the shim is to end.
-    pub(crate) shutdown: CancellationToken,
 }
 
 impl Pod {
@@ -37,7 +34,6 @@ impl Pod {
         Self {
             context,
             containers: Mutex::default(),
-            shutdown: CancellationToken::new(),
         }
     }
 
@@ -107,7 +103,7 @@ impl Pod {
     /// Ends the shim if it has nothing left.
     pub(crate) fn end_if_empty(&self) {
         if self.containers().is_empty() {
-            self.shutdown.cancel();
+            self.context.shutdown.cancel();
         }
     }
 

@@ -13,6 +13,8 @@ use nix::unistd::{Pid, setpgid};
 use nodeapi::RunDir;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
@@ -27,6 +29,9 @@ use crate::service;
 
 /// How long the last events may take to be delivered.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long engines may take to end with the shim.
+const LAST_WORK_LIMIT: Duration = Duration::from_secs(3);
 
 /// How long a thread without work is kept; most work is done by the one thread
 /// of the runtime.
@@ -96,6 +101,8 @@ async fn run(
         reaper,
         publisher: publisher.clone(),
         log,
+        shutdown: CancellationToken::new(),
+        last_work: TaskTracker::new(),
     })));
 
     let listener = UnixListener::from_std(listener).context("cannot use the socket")?;
@@ -107,9 +114,16 @@ async fn run(
     tracing::info!(pid = std::process::id(), id = invocation.id, "serving");
 
     wait_for_end(&pod).await?;
-    publisher.drain(DRAIN_LIMIT).await;
+    // First of all: a `start` that comes now must not join a server that ends.
     if let Err(error) = fs::remove_file(&socket) {
         tracing::warn!(%error, "the socket is left");
+    }
+    pod.context.shutdown.cancel();
+    pod.context.last_work.close();
+    let last_work = tokio::time::timeout(LAST_WORK_LIMIT, pod.context.last_work.wait());
+    let (ended, ()) = tokio::join!(last_work, publisher.drain(DRAIN_LIMIT));
+    if ended.is_err() {
+        tracing::warn!("an engine does not end");
     }
     if let Err(error) = server.shutdown().await {
         tracing::debug!(%error, "connections did not end");
@@ -145,7 +159,7 @@ async fn wait_for_end(pod: &Pod) -> anyhow::Result<()> {
     let mut dump = signal(SignalKind::user_defined1()).context("cannot hear SIGUSR1")?;
     loop {
         tokio::select! {
-            () = pod.shutdown.cancelled() => return Ok(()),
+            () = pod.context.shutdown.cancelled() => return Ok(()),
             _ = terminate.recv() => {
                 tracing::info!("SIGTERM");
                 return Ok(());

@@ -67,7 +67,11 @@ fn die_with_parent() -> io::Result<()> {
 }
 
 fn check(result: libc::c_long) -> io::Result<()> {
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// A mapping at a place of its own, with parts of it missing.
@@ -161,7 +165,11 @@ impl Memory {
 
     /// A part of a mapping that is there: offset and length.
     fn some_part(&mut self, slot: usize) -> Option<(u64, u64)> {
-        let Slot { len, gap: (gap, gap_len), .. } = self.slots[slot];
+        let Slot {
+            len,
+            gap: (gap, gap_len),
+            ..
+        } = self.slots[slot];
         if len == 0 {
             return None;
         }
@@ -188,7 +196,11 @@ impl Memory {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: the place is one of ours, which no Rust object lives in.
         let mapped = unsafe { libc::mmap(at, len as usize, protection, flags, -1, 0) };
-        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+        if mapped == libc::MAP_FAILED {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
     }
 
     fn unmap_at(start: u64, len: u64) -> io::Result<()> {
@@ -207,12 +219,22 @@ impl Memory {
     fn map(&mut self, slot: usize) -> io::Result<()> {
         let old = self.slots[slot];
         let len = self.some_len();
-        let start = if self.below(2) == 0 { self.place(slot) } else { self.place(slot) + 5 * PAGE };
+        let start = if self.below(2) == 0 {
+            self.place(slot)
+        } else {
+            self.place(slot) + 5 * PAGE
+        };
         if old.len > 0 {
             Self::unmap_at(old.start, old.len)?;
         }
         Self::map_at(start, len)?;
-        self.slots[slot] = Slot { start, len, writable: true, readable: true, ..Slot::default() };
+        self.slots[slot] = Slot {
+            start,
+            len,
+            writable: true,
+            readable: true,
+            ..Slot::default()
+        };
         if self.below(3) == 0 {
             // No huge pages on this kernel is fine.
             let _refused = Self::advise_at(start, len, libc::MADV_HUGEPAGE);
@@ -262,7 +284,9 @@ impl Memory {
 
     /// Makes a mapping longer or shorter where it is.
     fn resize(&mut self, slot: usize) -> io::Result<()> {
-        let Slot { start, len, gap, .. } = self.slots[slot];
+        let Slot {
+            start, len, gap, ..
+        } = self.slots[slot];
         if len == 0 || gap.1 > 0 {
             return Ok(());
         }
@@ -282,7 +306,9 @@ impl Memory {
     fn cut(&mut self, slot: usize) -> io::Result<()> {
         let Slot { start, gap, .. } = self.slots[slot];
         let guard = self.guards && self.below(2) == 0;
-        let Some((offset, len)) = self.some_part(slot) else { return Ok(()) };
+        let Some((offset, len)) = self.some_part(slot) else {
+            return Ok(());
+        };
         if gap.1 > 0 {
             return Ok(());
         }
@@ -300,7 +326,13 @@ impl Memory {
 
     /// Puts new memory where a part was taken out.
     fn mend(&mut self, slot: usize) -> io::Result<()> {
-        let Slot { start, gap: (offset, len), gap_is_guard, writable, .. } = self.slots[slot];
+        let Slot {
+            start,
+            gap: (offset, len),
+            gap_is_guard,
+            writable,
+            ..
+        } = self.slots[slot];
         if len == 0 || !writable {
             return Ok(());
         }
@@ -315,8 +347,16 @@ impl Memory {
 
     /// Drops the content of a part, often of whole page tables.
     fn discard(&mut self, slot: usize) -> io::Result<()> {
-        let Slot { start, len, gap, gap_is_guard, .. } = self.slots[slot];
-        let Some(mut part) = self.some_part(slot) else { return Ok(()) };
+        let Slot {
+            start,
+            len,
+            gap,
+            gap_is_guard,
+            ..
+        } = self.slots[slot];
+        let Some(mut part) = self.some_part(slot) else {
+            return Ok(());
+        };
         let whole = self.below(3);
         if whole == 0 && (gap.1 == 0 || gap_is_guard) {
             part = (0, len);
@@ -327,15 +367,25 @@ impl Memory {
                 part = (first - start, end - first);
             }
         }
-        let advice = if self.below(8) == 0 { libc::MADV_FREE } else { libc::MADV_DONTNEED };
+        let advice = if self.below(8) == 0 {
+            libc::MADV_FREE
+        } else {
+            libc::MADV_DONTNEED
+        };
         Self::advise_at(start + part.0, part.1, advice)
     }
 
     /// Asks for huge pages, or makes some at once.
     fn advise(&mut self, slot: usize) -> io::Result<()> {
         let Slot { start, .. } = self.slots[slot];
-        let Some((offset, len)) = self.some_part(slot) else { return Ok(()) };
-        let advice = [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE, libc::MADV_COLLAPSE];
+        let Some((offset, len)) = self.some_part(slot) else {
+            return Ok(());
+        };
+        let advice = [
+            libc::MADV_HUGEPAGE,
+            libc::MADV_NOHUGEPAGE,
+            libc::MADV_COLLAPSE,
+        ];
         let advice = advice[self.below(3) as usize];
         // Collapsing fails where memory is tracked or there is no huge page to give.
         let _refused = Self::advise_at(start + offset, len, advice);
@@ -344,7 +394,13 @@ impl Memory {
 
     /// Changes what is allowed in a whole mapping.
     fn protect(&mut self, slot: usize) -> io::Result<()> {
-        let Slot { start, len, gap, gap_is_guard, .. } = self.slots[slot];
+        let Slot {
+            start,
+            len,
+            gap,
+            gap_is_guard,
+            ..
+        } = self.slots[slot];
         if len == 0 || gap.1 > 0 && !gap_is_guard {
             return Ok(());
         }
@@ -416,8 +472,12 @@ impl Memory {
 
     /// Lets the kernel write: reads a file into a part.
     fn read_file(&mut self, slot: usize) -> io::Result<()> {
-        let Slot { start, writable, .. } = self.slots[slot];
-        let Some((offset, len)) = self.some_part(slot).filter(|_| writable) else { return Ok(()) };
+        let Slot {
+            start, writable, ..
+        } = self.slots[slot];
+        let Some((offset, len)) = self.some_part(slot).filter(|_| writable) else {
+            return Ok(());
+        };
         let at = std::ptr::with_exposed_provenance_mut((start + offset) as usize);
         let len = len.min(64 << 10) as usize;
         // SAFETY: as in `map_at`.
@@ -426,7 +486,9 @@ impl Memory {
     }
 
     fn read_some(&mut self, slot: usize) {
-        let Slot { start, readable, .. } = self.slots[slot];
+        let Slot {
+            start, readable, ..
+        } = self.slots[slot];
         if let Some((offset, len)) = self.some_part(slot).filter(|_| readable) {
             for page in 0..(len / PAGE).min(64) {
                 load(start + offset + page * PAGE);
@@ -436,9 +498,17 @@ impl Memory {
 
     /// Writes to a part: single words, whole pages, or zeros.
     fn write(&mut self, slot: usize) {
-        let Slot { start, writable, .. } = self.slots[slot];
-        let Some((offset, len)) = self.some_part(slot).filter(|_| writable) else { return };
-        let value = if self.below(6) == 0 { 0 } else { self.below(u64::MAX) };
+        let Slot {
+            start, writable, ..
+        } = self.slots[slot];
+        let Some((offset, len)) = self.some_part(slot).filter(|_| writable) else {
+            return;
+        };
+        let value = if self.below(6) == 0 {
+            0
+        } else {
+            self.below(u64::MAX)
+        };
         let begin = start + offset;
         if self.below(2) == 0 {
             let word = self.below(PAGE / 8) * 8;

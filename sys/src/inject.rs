@@ -179,7 +179,11 @@ fn userfaultfd_here(pid: i32) -> Result<Injected, InjectError> {
     let process = PidFd::open(pid).map_err(prepare)?;
     let instruction = syscall_instruction(pid)?;
     let mut last = InjectError::Gone { pid };
-    for tid in threads_of(pid).map_err(prepare)?.into_iter().take(MAX_THREADS_TRIED) {
+    for tid in threads_of(pid)
+        .map_err(prepare)?
+        .into_iter()
+        .take(MAX_THREADS_TRIED)
+    {
         match with_thread(pid, tid, instruction, &process) {
             Err(error @ (InjectError::Gone { .. } | InjectError::NotStopping { .. })) => {
                 last = error;
@@ -216,7 +220,10 @@ fn with_thread(
     };
     thread.release()?;
     let userfaultfd = taken?;
-    Ok(Injected { userfaultfd, stopped: begin.elapsed() })
+    Ok(Injected {
+        userfaultfd,
+        stopped: begin.elapsed(),
+    })
 }
 
 /// The threads of a process, the first one first.
@@ -224,7 +231,11 @@ fn with_thread(
 fn threads_of(pid: i32) -> io::Result<Vec<i32>> {
     let mut threads = Vec::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        if let Some(tid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) {
+        if let Some(tid) = entry?
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        {
             threads.push(tid);
         }
     }
@@ -238,12 +249,13 @@ fn syscall_instruction(pid: i32) -> Result<u64, InjectError> {
     /// How much of one mapping is searched. The C library's text is 1.5 MiB and full of them.
     const SEARCHED_BYTES: u64 = 16 << 20;
 
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(|source| {
-        match source.raw_os_error() {
-            Some(libc::ESRCH | libc::ENOENT) => InjectError::Gone { pid },
-            _ => InjectError::Prepare { pid, source },
-        }
-    })?;
+    let maps =
+        std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(|source| {
+            match source.raw_os_error() {
+                Some(libc::ESRCH | libc::ENOENT) => InjectError::Gone { pid },
+                _ => InjectError::Prepare { pid, source },
+            }
+        })?;
     if maps.is_empty() {
         return Err(InjectError::Gone { pid }); // a zombie
     }
@@ -269,8 +281,12 @@ fn executable_mappings(maps: &str) -> Vec<std::ops::Range<u64>> {
     let mut found = Vec::new();
     for line in maps.lines() {
         let mut fields = line.split_ascii_whitespace();
-        let (Some(range), Some(permissions)) = (fields.next(), fields.next()) else { continue };
-        let Some((start, end)) = range.split_once('-') else { continue };
+        let (Some(range), Some(permissions)) = (fields.next(), fields.next()) else {
+            continue;
+        };
+        let Some((start, end)) = range.split_once('-') else {
+            continue;
+        };
         let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
         else {
             continue;

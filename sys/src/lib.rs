@@ -7,15 +7,17 @@
 pub mod churn;
 pub mod fdpass;
 pub mod inject;
+pub mod mapping;
 pub mod memory;
 pub mod netns;
 pub mod packet;
 pub mod pagemap;
 pub mod pidfd;
+pub mod sched;
 pub mod seccomp;
+pub mod seccomp_filters;
 pub mod signal;
 pub mod spawn;
-pub mod mapping;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod uffd;

@@ -29,8 +29,13 @@ pub fn read_appending(pid: i32, ranges: &[Range<u64>], buffer: &mut Vec<u8>) -> 
             .and_then(|bytes| usize::try_from(bytes).ok())
             .ok_or(io::ErrorKind::InvalidInput)?;
         let base = usize::try_from(range.start).map_err(|_| io::ErrorKind::InvalidInput)?;
-        wanted = wanted.checked_add(bytes).ok_or(io::ErrorKind::InvalidInput)?;
-        remote.push(libc::iovec { iov_base: base as *mut libc::c_void, iov_len: bytes });
+        wanted = wanted
+            .checked_add(bytes)
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        remote.push(libc::iovec {
+            iov_base: base as *mut libc::c_void,
+            iov_len: bytes,
+        });
     }
     let room = buffer.spare_capacity_mut();
     if ranges.len() > MAX_RANGES || wanted > room.len() {
@@ -39,12 +44,22 @@ pub fn read_appending(pid: i32, ranges: &[Range<u64>], buffer: &mut Vec<u8>) -> 
     if wanted == 0 {
         return Ok(0);
     }
-    let local = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: wanted };
+    let local = libc::iovec {
+        iov_base: room.as_mut_ptr().cast(),
+        iov_len: wanted,
+    };
     // SAFETY: `local` is `wanted` bytes of the buffer's spare capacity, checked above, and exclusively borrowed. The
     // remote vector points at `remote.len()` initialised entries; the addresses in them are the other process's and
     // never dereferenced here.
     let result = unsafe {
-        libc::process_vm_readv(pid, &raw const local, 1, remote.as_ptr(), remote.len() as _, 0)
+        libc::process_vm_readv(
+            pid,
+            &raw const local,
+            1,
+            remote.as_ptr(),
+            remote.len() as _,
+            0,
+        )
     };
     let read = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
     let filled = buffer.len() + read;
@@ -63,9 +78,17 @@ pub fn discard(memory: &mut [u8]) -> io::Result<()> {
     // SAFETY: the memory is exclusively borrowed, and whatever the kernel fills its pages with, zeros or the content of
     // a file, are bytes again. A length that is not whole pages is refused by the check below, so nothing else is hit.
     let result = unsafe {
-        libc::madvise(memory.as_mut_ptr().cast(), whole_pages(memory)?, libc::MADV_DONTNEED)
+        libc::madvise(
+            memory.as_mut_ptr().cast(),
+            whole_pages(memory)?,
+            libc::MADV_DONTNEED,
+        )
     };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// The length of memory that is whole pages.

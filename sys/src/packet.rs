@@ -6,7 +6,7 @@
 
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use libc::c_int;
 
@@ -24,6 +24,12 @@ pub struct PacketSocket(OwnedFd);
 impl AsFd for PacketSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+impl AsRawFd for PacketSocket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 }
 
@@ -143,7 +149,10 @@ mod tests {
                 Ok(length) if buffer[..length] == frame[..] => return,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    assert!(std::time::Instant::now() < deadline, "the frame did not arrive");
+                    assert!(
+                        std::time::Instant::now() < deadline,
+                        "the frame did not arrive"
+                    );
                     std::thread::sleep(std::time::Duration::from_millis(1));
                 }
                 Err(error) => panic!("{error}"),

@@ -172,7 +172,8 @@ impl Pagemap {
         /// for all of a new mapping.
         const ANYTHING: u64 = 1 << 63 | 1 << 62 | 1 << 58 | 1 << 57;
         let mut entry = [0; ENTRY_BYTES as usize];
-        self.0.read_exact_at(&mut entry, addr / page_bytes * ENTRY_BYTES)?;
+        self.0
+            .read_exact_at(&mut entry, addr / page_bytes * ENTRY_BYTES)?;
         Ok(u64::from_ne_bytes(entry) & ANYTHING != 0)
     }
 
@@ -218,9 +219,17 @@ impl Pagemap {
         // SAFETY: the argument is a valid, exclusively borrowed pm_scan_arg of the size it states; its vector, if it
         // has one, is memory of the caller that is exclusively borrowed for `vec_len` regions.
         let result = unsafe {
-            libc::ioctl(self.0.as_raw_fd(), PAGEMAP_SCAN as _, std::ptr::from_mut(argument))
+            libc::ioctl(
+                self.0.as_raw_fd(),
+                PAGEMAP_SCAN as _,
+                std::ptr::from_mut(argument),
+            )
         };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+        if result < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(result)
+        }
     }
 }
 

@@ -22,8 +22,7 @@ impl PidFd {
     /// Needs ptrace rights on the process.
     pub fn get_fd(&self, remote: RawFd) -> io::Result<OwnedFd> {
         // SAFETY: pidfd_getfd takes three integers and touches no memory of ours; the pidfd is open as long as self.
-        let result =
-            unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.0.as_raw_fd(), remote, 0) };
+        let result = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.0.as_raw_fd(), remote, 0) };
         owned_from_result(result)
     }
 }

@@ -21,7 +21,7 @@ pub struct Region {
 }
 
 impl Region {
-    /// Maps `len` bytes at `at` (where nothing may be mapped), or anywhere.
+    /// Maps `len` bytes at `at` (where nothing may be mapped), or anywhere; small pages, whatever the machine's default.
     ///
     /// # Errors
     ///
@@ -42,10 +42,15 @@ impl Region {
                 flags,
             )
         }?;
-        Ok(Self {
+        let region = Self {
             start: start.as_ptr() as u64,
             len,
-        })
+        };
+        match region.advise(0, len, MmapAdvise::MADV_NOHUGEPAGE) {
+            // A kernel without huge pages.
+            Err(error) if error.kind() != io::ErrorKind::InvalidInput => Err(error),
+            _ => Ok(region),
+        }
     }
 
     /// Where it is.

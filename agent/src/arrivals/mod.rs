@@ -249,7 +249,11 @@ impl Arrivals {
         let open = async {
             let containerd = self.node.containerd.namespace(&arrival.plan.namespace)?;
             let leased = containerd.lease(&prepare::lease_id(migration_id)).await?;
-            anyhow::Ok(leased.write_blob(&blob.digest, blob.size).await?)
+            anyhow::Ok(
+                leased
+                    .write_blob(migration_id, &blob.digest, blob.size)
+                    .await?,
+            )
         };
         Ok((open.await.map_err(internal)?, blob.size))
     }
@@ -425,7 +429,16 @@ impl Arrivals {
             lease: true,
             ..Made::default()
         };
-        if let Err(error) = prepare::take_back(&self.node, &made).await {
+        let let_go = async {
+            let containerd = self.node.containerd.namespace(&made.namespace)?;
+            for blob in &arrival.missing {
+                containerd
+                    .discard_blob(&made.migration_id, &blob.digest)
+                    .await?;
+            }
+            prepare::take_back(&self.node, &made).await
+        };
+        if let Err(error) = let_go.await {
             tracing::warn!(parent: &arrival.span(), "cannot let go of the image: {error:#}");
         }
         arrival.settled.send_replace(Some(true));
@@ -464,17 +477,17 @@ impl Arrivals {
                 Stage::Prepared { made, .. } => {
                     drop(stage);
                     let failure = Failure::new(Side::Source, reason);
-                    let this = Arc::clone(&this);
                     let waiting = Arc::clone(&arrival);
                     tokio::spawn(
                         async move { this.failed(&waiting, failure, *made).await }
                             .in_current_span(),
                     );
-                    // The answer means that nothing is left.
-                    drop(arrival.settled.subscribe().wait_for(Option::is_some).await);
                 }
-                Stage::Over => {}
+                // Whoever made it so takes back.
+                Stage::Over => drop(stage),
             }
+            // The answer means that nothing is left.
+            drop(arrival.settled.subscribe().wait_for(Option::is_some).await);
         };
         drop(tokio::spawn(work.instrument(span)).await);
         Ok(())

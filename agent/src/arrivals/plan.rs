@@ -13,6 +13,7 @@ use proto::agent as pb;
 
 use crate::containerd::image::is_digest;
 use crate::containerd::task::Stdio;
+use crate::sweep::log_file;
 
 /// A container with its specification; those of large pods have a few 10 KiB.
 const CONTAINER_LIMIT_BYTES: usize = 2 << 20;
@@ -241,11 +242,6 @@ pub(crate) fn local_stdio(from: &Stdio, log_dir: &Path, namespace: &str, id: &st
         stderr: redirect(&from.stderr),
         terminal: from.terminal,
     }
-}
-
-/// Where [`local_stdio`] keeps output.
-pub(crate) fn log_file(log_dir: &Path, namespace: &str, id: &str) -> PathBuf {
-    log_dir.join(namespace).join(format!("{id}.log"))
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use nodeapi::{ContainerRecord, Incoming, Ticket};
 use super::plan::{self, Plan};
 use crate::containerd::{Namespace, snapshot};
 use crate::node::Node;
+use crate::sweep::log_file;
 
 /// Label of a container that has not arrived yet; its value is the migration.
 pub(crate) const INCOMING_LABEL: &str = "sterna.dev/incoming";
@@ -99,7 +100,7 @@ pub(crate) async fn prepare(node: &Node, plan: &Plan, made: &mut Made) -> anyhow
         &plan.namespace,
         plan.id(),
     );
-    let log = plan::log_file(&node.config.log_dir, &plan.namespace, plan.id());
+    let log = log_file(&node.config.log_dir, &plan.namespace, plan.id());
     if [&stdio.stdout, &stdio.stderr]
         .iter()
         .any(|uri| uri.ends_with(&*log.to_string_lossy()))

@@ -91,24 +91,30 @@ impl Namespace {
         Ok(Some(document))
     }
 
-    /// Begins to write a blob. `None`: the store has it already.
-    pub(crate) async fn write_blob(
-        &self,
-        digest: &str,
-        size: u64,
-    ) -> Result<Option<BlobWriter>, CallError> {
-        let reference = format!("sterna-{digest}");
-        // What an earlier attempt left would be continued, at an offset of its own.
-        let abort = AbortRequest {
-            r#ref: reference.clone(),
+    /// Discards what an attempt to write a blob left behind.
+    pub(crate) async fn discard_blob(&self, owner: &str, digest: &str) -> Result<(), CallError> {
+        let request = AbortRequest {
+            r#ref: reference(owner, digest),
         };
         gone(
             self.client()
                 .content()
-                .abort(self.request(abort, QUICK))
+                .abort(self.request(request, QUICK))
                 .await
-                .map_err(failed(|| format!("discard an old copy of blob {digest}"))),
-        )?;
+                .map_err(failed(|| format!("discard a part of blob {digest}"))),
+        )
+    }
+
+    /// Begins to write a blob for `owner`. `None`: the store has it already.
+    pub(crate) async fn write_blob(
+        &self,
+        owner: &str,
+        digest: &str,
+        size: u64,
+    ) -> Result<Option<BlobWriter>, CallError> {
+        // What an earlier attempt left would be continued, at an offset of its own.
+        self.discard_blob(owner, digest).await?;
+        let reference = reference(owner, digest);
         let (requests, queue) = mpsc::channel(2);
         let mut writer = BlobWriter {
             requests,
@@ -139,6 +145,11 @@ impl Namespace {
         writer.responses = Some(responses);
         Ok(Some(writer))
     }
+}
+
+/// Name of a blob that is being written: two migrations may bring the same one.
+fn reference(owner: &str, digest: &str) -> String {
+    format!("sterna-{owner}-{digest}")
 }
 
 /// The next piece of a blob that is being read.

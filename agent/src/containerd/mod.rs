@@ -7,22 +7,26 @@ pub(crate) mod task;
 
 use std::collections::HashMap;
 use std::error::Error as _;
+use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use containerd_client::Client;
+use containerd_client::events::ContainerDelete;
 use containerd_client::services::v1::{
     Container, CreateContainerRequest, CreateRequest, DeleteContainerRequest, DeleteRequest,
     GetContainerRequest, Lease, ListContainersRequest, ListNamespacesRequest, ListRequest,
-    UpdateContainerRequest,
+    SubscribeRequest, UpdateContainerRequest,
 };
+use containerd_client::types::Envelope;
 use hyper_util::rt::TokioIo;
+use prost::Message as _;
 use prost_types::FieldMask;
 use tokio::net::UnixStream;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request, Status, Streaming};
 
 /// Calls that only read or write containerd's database.
 const QUICK: Duration = Duration::from_secs(10);
@@ -36,11 +40,32 @@ const LIST_LIMIT_BYTES: usize = 16 << 20;
 const LEASE_LIFETIME: Duration = Duration::from_secs(60 * 60);
 
 /// A call that containerd refused or did not answer.
-#[derive(Debug, thiserror::Error)]
-#[error("containerd cannot {action}: {}", status.message())]
+#[derive(Debug)]
 pub(crate) struct CallError {
     action: String,
     status: Box<Status>,
+}
+
+impl fmt::Display for CallError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { action, status } = self;
+        if self.is_lost() {
+            return write!(f, "containerd did not answer when it was to {action}");
+        }
+        match status.message() {
+            // How containerd says that the shim's end of the connection is gone.
+            closed if closed.contains("ttrpc: closed") => {
+                write!(f, "containerd cannot {action}: its shim ended ({closed})")
+            }
+            message => write!(f, "containerd cannot {action}: {message}"),
+        }
+    }
+}
+
+impl std::error::Error for CallError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.status.source()
+    }
 }
 
 impl CallError {
@@ -110,6 +135,19 @@ impl Containerd {
             .map_err(failed(|| "tell its version".into()))
     }
 
+    /// Deleted containers, from now on.
+    pub(crate) async fn container_deletions(&self) -> Result<Deletions, CallError> {
+        let request = SubscribeRequest {
+            filters: vec!["topic==\"/containers/delete\"".into()],
+        };
+        let events = Client::from(self.channel.clone())
+            .events()
+            .subscribe(Request::new(request))
+            .await
+            .map_err(failed(|| "subscribe to events".into()))?;
+        Ok(Deletions(events.into_inner()))
+    }
+
     pub(crate) async fn namespaces(&self) -> Result<Vec<String>, CallError> {
         let mut request = Request::new(ListNamespacesRequest::default());
         request.set_timeout(QUICK);
@@ -120,6 +158,29 @@ impl Containerd {
             .map_err(failed(|| "list namespaces".into()))?;
         let namespaces = response.into_inner().namespaces;
         Ok(namespaces.into_iter().map(|n| n.name).collect())
+    }
+}
+
+/// Containers that are being deleted.
+#[derive(Debug)]
+pub(crate) struct Deletions(Streaming<Envelope>);
+
+impl Deletions {
+    /// Namespace and id of the next one; none when containerd ends.
+    pub(crate) async fn next(&mut self) -> Result<Option<(String, String)>, CallError> {
+        let message = self.0.message().await;
+        let envelope = message.map_err(failed(|| "go on telling events".into()))?;
+        // An event that cannot be understood names nobody.
+        Ok(envelope.map(|envelope| {
+            let event = envelope
+                .event
+                .map(|any| ContainerDelete::decode(any.value.as_slice()));
+            let id = event
+                .and_then(Result::ok)
+                .map(|event| event.id)
+                .unwrap_or_default();
+            (envelope.namespace, id)
+        }))
     }
 }
 

@@ -168,7 +168,7 @@ mod tests {
             ..Default::default()
         };
         let overlay = mount("overlay", &["workdir=/w", "upperdir=/u", "lowerdir=/l"]);
-        assert_eq!(upperdir(&[overlay.clone()]), Some("/u".into()));
+        assert_eq!(upperdir(std::slice::from_ref(&overlay)), Some("/u".into()));
         assert_eq!(upperdir(&[mount("bind", &["upperdir=/u"])]), None);
         assert_eq!(upperdir(&[mount("overlay", &["lowerdir=/l"])]), None);
         assert_eq!(upperdir(&[overlay.clone(), overlay]), None);

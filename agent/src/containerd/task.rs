@@ -8,6 +8,7 @@ use containerd_client::services::v1::{
 };
 use containerd_client::types::Mount;
 use containerd_client::types::v1::{Process, Status};
+use serde::{Deserialize, Serialize};
 use tonic::Code;
 
 use super::{CallError, Namespace, QUICK, failed, found, gone};
@@ -19,7 +20,7 @@ const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Where a container's input and output go, as containerd spells it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Stdio {
     pub(crate) stdin: String,
     pub(crate) stdout: String,

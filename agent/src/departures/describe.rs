@@ -13,6 +13,8 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use prost::Message as _;
 use proto::agent as pb;
 
+use super::Order;
+use super::note::Note;
 use crate::arrivals::plan;
 use crate::containerd::image::ImageContents;
 use crate::containerd::task::Stdio;
@@ -337,6 +339,19 @@ impl Described {
             network_json: network_json.into(),
             snapshot_labels: self.snapshot_labels.clone(),
         })
+    }
+
+    /// What has to be remembered of it.
+    pub(crate) fn note(&self, order: &Order) -> Note {
+        Note {
+            migration_id: order.migration_id.clone(),
+            record: order.record.clone(),
+            destination: order.destination.to_string(),
+            snapshotter: self.container.snapshotter.clone(),
+            snapshot_key: self.container.snapshot_key.clone(),
+            stdio: self.stdio.clone(),
+            netns: self.network.as_ref().map(|(_, _, netns)| netns.clone()),
+        }
     }
 
     /// How the engine takes the address off this node: JSON for the shim.

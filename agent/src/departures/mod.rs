@@ -4,7 +4,10 @@ mod describe;
 mod engine;
 mod events;
 mod leave;
+mod note;
+mod resume;
 mod run;
+mod watch;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,7 +22,6 @@ use tracing::Instrument as _;
 
 pub(crate) use self::describe::{Described, Stop, bind_sources, describe};
 pub(crate) use self::events::EventLog;
-pub(crate) use self::leave::sweep_logs;
 use crate::node::Node;
 use crate::process;
 
@@ -48,6 +50,11 @@ pub(crate) struct Departure {
     pub(crate) order: Order,
     pub(crate) events: EventLog,
     cancels: mpsc::Sender<CancelOrder>,
+}
+
+enum Begin {
+    Anew,
+    From(Box<note::Note>),
 }
 
 /// All containers on their way from this node.
@@ -83,6 +90,26 @@ impl Departures {
         request: pb::MigrateRequest,
     ) -> Result<Arc<Departure>, Status> {
         let order = self.check(request)?;
+        self.launch(order, Begin::Anew)
+    }
+
+    /// Takes up what an earlier sternad left under way.
+    pub(crate) fn resume(self: &Arc<Self>) {
+        for note in note::Note::list(&self.node) {
+            let launched = match note.order() {
+                Ok(order) => self.launch(order, Begin::From(Box::new(note))).map(drop),
+                Err(error) => Err(Status::internal(error.to_string())),
+            };
+            if let Err(status) = launched {
+                tracing::warn!(
+                    reason = status.message(),
+                    "cannot take a migration up again"
+                );
+            }
+        }
+    }
+
+    fn launch(self: &Arc<Self>, order: Order, begin: Begin) -> Result<Arc<Departure>, Status> {
         let key = (order.record.namespace.clone(), order.record.id.clone());
         let (cancels, orders) = mpsc::channel(4);
         let departure = Arc::new(Departure {
@@ -116,7 +143,10 @@ impl Departures {
         let (this, own) = (Arc::clone(self), Arc::clone(&departure));
         tokio::spawn(
             async move {
-                run::run(&this.node, &own, orders).await;
+                match begin {
+                    Begin::Anew => run::run(&this.node, &own, orders).await,
+                    Begin::From(note) => resume::resume(&this.node, &own, &note, orders).await,
+                }
                 this.running().remove(&key);
                 own.events.close();
             }
@@ -141,7 +171,10 @@ impl Departures {
                 record.id
             )));
         }
-        check_movable_now(&record)?;
+        // The better reason of two: its state says the same in fewer words.
+        if self.find(&record.namespace, &record.id).is_none() {
+            check_movable_now(&record)?;
+        }
         let max_blackout = match request.max_blackout_ms {
             0 => self.node.config.migration.max_blackout_ms,
             given => given,

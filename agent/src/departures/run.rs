@@ -14,7 +14,6 @@
 use std::time::Duration;
 
 use migrate::Phase;
-use nodeapi::{ContainerRecord, RunState};
 use proto::agent as pb;
 use proto::agent::migrate_event::Event;
 use proto::engine as epb;
@@ -27,12 +26,14 @@ use tonic::Streaming;
 use super::describe::{Described, Stop, describe};
 use super::engine::Engine;
 use super::leave::leave;
+use super::note::Note;
+use super::watch::Watch;
 use super::{CancelOrder, Departure};
 use crate::containerd::content::next_piece;
+use crate::doctor::obstacles;
 use crate::facts;
 use crate::node::Node;
-use crate::peer::{Peer, within};
-use crate::process;
+use crate::peer::{Peer, resolve, within};
 use crate::side::{Failure, Side};
 use crate::startup::is_deserted;
 
@@ -44,9 +45,6 @@ const PREPARE_TIMEOUT: Duration = Duration::from_secs(900);
 
 /// Taking back: killing, unmounting, deleting.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(90);
-
-/// When the engine fails, the destination usually knows why, a moment later.
-const VERDICT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Pieces of blobs between the nodes.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -106,12 +104,11 @@ struct Run<'a> {
 
 /// Everything that the engine needs is there.
 struct Ready {
-    described: Described,
+    note: Note,
     engine: Engine,
-    watch: Streaming<epb::Progress>,
+    events: Streaming<epb::Progress>,
     hold: Streaming<pb::HoldEvent>,
-    peer: Peer,
-    engine_began: Instant,
+    began_ms: u64,
 }
 
 /// How the part before the engine ended.
@@ -163,74 +160,34 @@ impl Run<'_> {
         let ready = match self.until_ready().await {
             Ok(ready) => ready,
             Err(Early::Refused(reasons)) => {
-                self.take_back("refused").await;
+                take_back(self.departure, self.peer.take(), "refused").await;
                 return Err(reasons);
             }
             Err(Early::Failed(failure)) => {
-                self.take_back(&failure.reason).await;
+                take_back(self.departure, self.peer.take(), &failure.reason).await;
                 return Ok(self.finished("failed", &failure));
             }
             Err(Early::Cancelled(reason)) => {
-                self.take_back(&reason).await;
+                take_back(self.departure, self.peer.take(), &reason).await;
                 return Ok(self.finished("cancelled", &Failure::new(Side::Source, reason)));
             }
         };
-        let described = ready.described;
-        let watched = Watched {
-            engine: ready.engine,
-            watch: ready.watch,
-            hold: Some(ready.hold),
-            peer: ready.peer,
-            began: ready.engine_began,
-            verdict: None,
-            arrived: false,
-        };
-        let mut finished = self.watch(watched).await;
-        self.remove_deserted_socket();
-        if finished.outcome == "migrated" {
-            for problem in leave(self.node, &described).await {
-                tracing::warn!(problem, "something is left of a container that went away");
-                let notice = format!(
-                    "the container runs on {}, but here: {problem}",
-                    self.departure.order.destination
-                );
-                self.departure.events.push(Event::Notice(notice));
-            }
-        } else if self.source_is_ours(&finished) {
-            self.take_back(&finished.reason).await;
-        }
+        let note = ready.note;
+        let mut watch = Watch::new(self.node, self.departure, &mut self.orders);
+        watch.peer = self.peer.clone();
+        watch.hold = Some(ready.hold);
+        watch.began_ms = ready.began_ms;
+        let finished = watch.follow(ready.engine, ready.events).await;
+        let mut finished =
+            conclude(self.node, self.departure, &note, self.peer.take(), finished).await;
         if let Some(summary) = &mut finished.summary {
             // The engine began when this migration was a while old.
-            summary.total_ms =
-                u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+            summary.total_ms = millis(self.started.elapsed());
             summary
                 .migration_id
                 .clone_from(&self.departure.order.migration_id);
         }
         Ok(finished)
-    }
-
-    /// An engine that was killed could not remove its own.
-    fn remove_deserted_socket(&self) {
-        let socket = self
-            .node
-            .run_dir
-            .engine_socket(&self.departure.order.migration_id);
-        if is_deserted(&socket)
-            && let Err(error) = std::fs::remove_file(&socket)
-        {
-            tracing::warn!(%error, "cannot remove {}", socket.display());
-        }
-    }
-
-    /// Whether nobody but this node can have the container running: only then may
-    /// the destination be told to remove its own.
-    fn source_is_ours(&self, finished: &epb::Finished) -> bool {
-        match finished.outcome.as_str() {
-            // The engine's own word, or its shim's.
-            "failed" | "cancelled" | "handed-back" => true,
-            _ => false,
-        }
     }
 
     fn finished(&self, outcome: &str, failure: &Failure) -> epb::Finished {
@@ -240,19 +197,6 @@ impl Run<'_> {
             side: failure.side.name().into(),
             reason: failure.reason.clone(),
             summary: None,
-        }
-    }
-
-    /// Has the destination remove what it prepared.
-    async fn take_back(&mut self, reason: &str) {
-        let Some(peer) = self.peer.take() else { return };
-        let request = pb::AbortRequest {
-            migration_id: self.departure.order.migration_id.clone(),
-            reason: reason.to_owned(),
-        };
-        if let Err(status) = peer.client().abort(within(ABORT_TIMEOUT, request)).await {
-            // It finds out by itself: its engine has lost its source.
-            tracing::warn!(peer = %peer.node(), reason = status.message(), "cannot ask the destination to take back");
         }
     }
 
@@ -280,7 +224,17 @@ impl Run<'_> {
     async fn negotiate_and_prepare(&mut self, deadline: Option<Instant>) -> Result<Ready, Early> {
         let order = &self.departure.order;
         self.enter(Phase::Negotiate);
+        if let Err(text) = resolve(self.node, &order.destination).await {
+            return Err(Early::Refused(vec![pb::Reason {
+                subject: "node".into(),
+                text,
+            }]));
+        }
         let described = describe(self.node, &order.record).await?;
+        let obstacles = obstacles(&described);
+        if !obstacles.is_empty() {
+            return Err(Early::Refused(obstacles));
+        }
         let facts = facts::gather(self.node).await?;
         let peer = Peer::connect(self.node, &order.destination).await?;
 
@@ -334,17 +288,27 @@ impl Run<'_> {
             network_json: described.attachment_json()?,
             ..Default::default()
         };
-        let engine_began = Instant::now();
-        let engine = Engine::start(&order.record.shim_socket, request).await?;
-        let watch = engine.watch().await?;
-        Ok(Ready {
-            described,
-            engine,
-            watch,
-            hold,
-            peer,
-            engine_began,
-        })
+        let note = described.note(order);
+        note.write(self.node)?;
+        let began_ms = millis(self.started.elapsed());
+        let started = async {
+            let engine = Engine::start(&order.record.shim_socket, request).await?;
+            let events = engine.watch().await?;
+            Ok::<_, Failure>((engine, events))
+        };
+        match started.await {
+            Ok((engine, events)) => Ok(Ready {
+                note,
+                engine,
+                events,
+                hold,
+                began_ms,
+            }),
+            Err(failure) => {
+                note.remove(self.node);
+                Err(failure.into())
+            }
+        }
     }
 
     async fn hold(&self, peer: &Peer) -> Result<Streaming<pb::HoldEvent>, Failure> {
@@ -458,223 +422,67 @@ impl Run<'_> {
         }
         Ok(read.map_err(anyhow::Error::from)?)
     }
+}
 
-    /// Relays the engine until its last word.
-    async fn watch(&mut self, mut watched: Watched) -> epb::Finished {
-        let (found_out, mut findings) = mpsc::channel::<Failure>(1);
-        loop {
-            let hold = async {
-                match &mut watched.hold {
-                    Some(hold) => hold.message().await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                biased;
-                message = watched.watch.message() => match message {
-                    Ok(Some(epb::Progress { event: Some(progress::Event::Finished(finished)), .. })) => {
-                        return self.last_word(finished, watched).await;
-                    }
-                    Ok(Some(message)) => self.relay(message, watched.began),
-                    Ok(None) => return self.engine_lost("its connection closed", watched).await,
-                    Err(status) => return self.engine_lost(status.message(), watched).await,
-                },
-                event = hold => match event {
-                    Ok(Some(pb::HoldEvent { event: Some(event) })) => match event {
-                        pb::hold_event::Event::Holding(_) => {}
-                        pb::hold_event::Event::Arrived(_) => {
-                            watched.arrived = true;
-                            watched.hold = None;
-                        }
-                        pb::hold_event::Event::TakenBack(_) => self.given_back(&watched).await,
-                        pb::hold_event::Event::Failed(failed) => {
-                            let failure = Failure::new(Side::from_name(&failed.side), failed.reason);
-                            self.destination_lost(&mut watched, failure).await;
-                        }
-                    },
-                    Ok(Some(_)) => {}
-                    // It has said its last.
-                    Ok(None) if watched.verdict.is_some() => watched.hold = None,
-                    other => {
-                        watched.hold = None;
-                        let reason = match other {
-                            Err(status) => status.message().to_owned(),
-                            Ok(_) => "it ended the conversation".into(),
-                        };
-                        // Finding out takes seconds in which the engine goes on.
-                        let (peer, found_out) = (watched.peer.clone(), found_out.clone());
-                        tokio::spawn(async move {
-                            drop(found_out.send(peer.lost(&reason).await).await);
-                        });
-                    }
-                },
-                Some(failure) = findings.recv() => self.destination_lost(&mut watched, failure).await,
-                Some(order) = self.orders.recv() => {
-                    let answer = watched.engine.cancel(&order.reason).await;
-                    // Whoever asked may be gone.
-                    drop(order.answer.send(answer));
-                }
+/// Does what the last word asks for: removes the container here, or has the
+/// destination remove what it prepared for it.
+pub(super) async fn conclude(
+    node: &Node,
+    departure: &Departure,
+    note: &Note,
+    peer: Option<Peer>,
+    finished: epb::Finished,
+) -> epb::Finished {
+    remove_deserted_socket(node, &note.migration_id);
+    match finished.outcome.as_str() {
+        "migrated" => {
+            for problem in leave(node, note).await {
+                tracing::warn!(problem, "something is left of a container that went away");
+                let text = format!(
+                    "the container runs on {}, but here: {problem}",
+                    note.destination
+                );
+                departure.events.push(Event::Notice(text));
             }
         }
+        // N.B. only the engine's own word, or its shim's, that the container is
+        // this node's: what the destination removes may be the only copy else.
+        "failed" | "cancelled" | "handed-back" => {
+            take_back(departure, peer, &finished.reason).await
+        }
+        // People look, and the next sternad does.
+        _ => return finished,
     }
+    note.remove(node);
+    finished
+}
 
-    fn relay(&mut self, message: epb::Progress, began: Instant) {
-        let Some(event) = message.event else { return };
-        if let progress::Event::Phase(begun) = &event {
-            let phase = Phase::ALL
-                .into_iter()
-                .find(|phase| phase.name() == begun.phase);
-            match phase {
-                // Both are over by the time there is an engine.
-                Some(Phase::Negotiate | Phase::Prepare) => return,
-                Some(phase) => self.phase = phase,
-                None => {}
-            }
-        }
-        let before = millis(began.duration_since(self.started));
-        let at_ms = before.saturating_add(message.at_ms);
-        self.departure.events.push(Event::Progress(epb::Progress {
-            at_ms,
-            event: Some(event),
-        }));
+/// Has the destination remove what it prepared. It finds out by itself if it
+/// cannot be told: its engine has lost its source.
+async fn take_back(departure: &Departure, peer: Option<Peer>, reason: &str) {
+    let Some(peer) = peer else { return };
+    let request = pb::AbortRequest {
+        migration_id: departure.order.migration_id.clone(),
+        reason: reason.to_owned(),
+    };
+    // A destination that is away must not hold up the result.
+    if peer.probe().await.is_err() {
+        return;
     }
-
-    /// The destination will not have the container: stop, if it is not too late.
-    async fn destination_lost(&mut self, watched: &mut Watched, failure: Failure) {
-        tracing::warn!(
-            side = failure.side.name(),
-            reason = failure.reason,
-            phase = self.phase.name(),
-            "the destination is lost"
-        );
-        let cancelled = watched.engine.cancel(&format!("{failure}")).await;
-        watched.verdict = Some(failure);
-        if let Err(status) = cancelled {
-            // After the commit the engines settle it between themselves.
-            tracing::warn!(reason = status.message(), "the engine goes on");
-        }
-    }
-
-    /// Nothing of the container is left on the destination. An engine that has
-    /// committed and got no answer since may take it back.
-    async fn given_back(&self, watched: &Watched) {
-        let reason = watched
-            .verdict
-            .as_ref()
-            .map_or("", |verdict| &verdict.reason);
-        if let Err(status) = watched.engine.hand_back(reason).await {
-            // It has ended, or is about to.
-            tracing::debug!(
-                reason = status.message(),
-                "the engine does not take the container back"
-            );
-        }
-    }
-
-    /// The engine's last word, with the better reason of two.
-    async fn last_word(
-        &mut self,
-        mut finished: epb::Finished,
-        mut watched: Watched,
-    ) -> epb::Finished {
-        if finished.outcome == "migrated" {
-            return finished;
-        }
-        let engine_blames_source = finished.side.starts_with("source");
-        if watched.verdict.is_none() && !engine_blames_source && finished.outcome == "failed" {
-            self.hear_destination(&mut watched).await;
-        }
-        if finished.phase.is_empty() {
-            finished.phase = self.phase.name().into();
-        }
-        if let Some(verdict) = watched.verdict {
-            // Cancelled on our own order: to the user it failed.
-            finished.outcome = "failed".into();
-            finished.side = verdict.side.name().into();
-            finished.reason = verdict.reason;
-        }
-        finished
-    }
-
-    /// What the destination has to say, if it does so soon.
-    async fn hear_destination(&self, watched: &mut Watched) {
-        let Some(hold) = watched.hold.as_mut() else {
-            return;
-        };
-        let Ok(event) = tokio::time::timeout(VERDICT_TIMEOUT, hold.message()).await else {
-            return;
-        };
-        use pb::hold_event::Event;
-        match event {
-            Ok(Some(pb::HoldEvent {
-                event: Some(Event::Failed(failed)),
-            })) => {
-                let side = Side::from_name(&failed.side);
-                watched.verdict = Some(Failure::new(side, failed.reason));
-            }
-            Ok(Some(pb::HoldEvent {
-                event: Some(Event::Arrived(_)),
-            })) => watched.arrived = true,
-            Err(status) => watched.verdict = Some(watched.peer.lost(status.message()).await),
-            Ok(_) => {}
-        }
-    }
-
-    /// The engine is gone without a last word. Its shim knows whether the
-    /// container is still ours, and the destination why it has not come.
-    async fn engine_lost(&mut self, reason: &str, mut watched: Watched) -> epb::Finished {
-        if watched.verdict.is_none() && !watched.arrived {
-            self.hear_destination(&mut watched).await;
-        }
-        let record = &self.departure.order.record;
-        let current = ContainerRecord::read(&self.node.run_dir, &record.namespace, &record.id);
-        let runs = matches!(
-            &current,
-            Ok(Some(current)) if current.state == RunState::Running && process::is_alive(current.shim_pid)
-        );
-        let mut text = format!("the sending engine ended without a word ({reason})");
-        if let Some(verdict) = &watched.verdict {
-            text.push_str(&format!(
-                ", and node {} says: {}",
-                watched.peer.node(),
-                verdict.reason
-            ));
-        }
-        let ended = matches!(&current, Ok(Some(current)) if current.state == RunState::Stopped);
-        if watched.arrived && ended {
-            tracing::warn!(reason = text, "the container has moved all the same");
-            return epb::Finished {
-                outcome: "migrated".into(),
-                ..Default::default()
-            };
-        }
-        if runs && !watched.arrived {
-            return self.finished("failed", &Failure::new(Side::SourceShim, text));
-        }
-        let state = match current {
-            Ok(Some(current)) => current.state.name(),
-            _ => "unknown",
-        };
-        text.push_str(&format!(
-            "; the container is {state} here and {} on {}: look at both (sterna ps) before doing anything",
-            if watched.arrived { "runs" } else { "may have arrived" },
-            self.departure.order.destination,
-        ));
-        self.finished("unknown", &Failure::new(Side::SourceShim, text))
+    if let Err(status) = peer.client().abort(within(ABORT_TIMEOUT, request)).await {
+        let reason = status.message();
+        tracing::warn!(peer = %peer.node(), reason, "cannot have the destination take back");
     }
 }
 
-/// The engine and the destination, while they work.
-struct Watched {
-    engine: Engine,
-    watch: Streaming<epb::Progress>,
-    /// None once it has said its last.
-    hold: Option<Streaming<pb::HoldEvent>>,
-    peer: Peer,
-    began: Instant,
-    /// Why the destination failed, where that is known.
-    verdict: Option<Failure>,
-    arrived: bool,
+/// An engine that was killed could not remove its own.
+fn remove_deserted_socket(node: &Node, migration_id: &str) {
+    let socket = node.run_dir.engine_socket(migration_id);
+    if is_deserted(&socket)
+        && let Err(error) = std::fs::remove_file(&socket)
+    {
+        tracing::warn!(%error, "cannot remove {}", socket.display());
+    }
 }
 
 /// The reason of the first order to stop. Before there is an engine nothing

@@ -14,7 +14,7 @@ use crate::arrivals::{admission, internal, plan};
 use crate::departures::{Described, Stop, check_movable_now, describe, find_record};
 use crate::facts;
 use crate::node::Node;
-use crate::peer::{Peer, within};
+use crate::peer::{Peer, resolve, within};
 
 /// The other node runs its self-test.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(30);
@@ -91,6 +91,22 @@ pub(crate) async fn examine(
     Ok(all)
 }
 
+/// What would make the dump of a container fail: better known while it runs than
+/// found out while it stands still.
+pub(crate) fn obstacles(described: &Described) -> Vec<pb::Reason> {
+    let mut findings = Findings::new(String::new());
+    container::examine(described, &mut findings);
+    findings
+        .list
+        .into_iter()
+        .filter(|finding| finding.severity() == Severity::Problem)
+        .map(|finding| pb::Reason {
+            subject: finding.subject,
+            text: finding.text,
+        })
+        .collect()
+}
+
 fn take_description(result: Result<Described, Stop>, findings: &mut Findings) -> Option<Described> {
     match result {
         Ok(described) => Some(described),
@@ -113,6 +129,10 @@ async fn pair(
     described: Option<&Described>,
 ) -> Result<Vec<pb::Finding>, Status> {
     let mut findings = Findings::new(format!("pair {} to {name}", node.name));
+    if let Err(text) = resolve(node, name).await {
+        findings.problem("node", text);
+        return Ok(findings.list);
+    }
     let peer = match Peer::connect(node, name).await {
         Ok(peer) => peer,
         Err(failure) => {

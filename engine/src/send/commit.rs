@@ -28,6 +28,10 @@ impl Sender {
     /// only the destination's word decides, because it may have heard.
     pub(super) async fn commit(&mut self) -> Result<CommitRecord, Uncommitted> {
         self.enter(Phase::Commit);
+        match &self.frozen {
+            Some(frozen) => frozen.hold().map_err(|error| Uncommitted(error.into()))?,
+            None => return Err(Uncommitted(SendError::Worker)),
+        }
         // If CRIU died meanwhile, the kernel has let go of the tasks.
         match &self.dump {
             Some(dump) if dump.still_waits().await => {}
@@ -48,11 +52,6 @@ impl Sender {
                 .map_err(|error| Uncommitted(error.into()))?,
             state: CommitState::Committing,
         };
-        if let Some(network) = &self.job.network {
-            network::detach(network)
-                .await
-                .map_err(|error| Uncommitted(SendError::Network(error)))?;
-        }
         self.write_record(&record).map_err(Uncommitted)?;
         // N.B. nothing below may fail: the container is the destination's.
         self.state = committed;
@@ -120,14 +119,20 @@ impl Sender {
         }
         self.advance_committed(Event::Running);
         self.mark_record(&mut record, CommitState::Released);
-        if let Some(dump) = &mut self.dump {
-            // CRIU ends the tasks. If it cannot, the freezer's kill below does.
-            if let Err(error) = dump.finish(true).await {
-                tracing::warn!(%error, "CRIU did not end the tasks");
-            }
+        // CRIU ends the tasks; on cgroup v1 they can die only when thawed, which
+        // the kill does once every one of them has its signal.
+        if let Some(dump) = &mut self.dump
+            && let Err(error) = dump.answer(true)
+        {
+            tracing::warn!(%error, "CRIU is gone");
         }
         if let Some(frozen) = self.frozen.take() {
             frozen.kill().await;
+        }
+        if let Some(dump) = &mut self.dump
+            && let Err(error) = dump.finish(true).await
+        {
+            tracing::debug!(%error, "CRIU did not end the tasks itself");
         }
         self.advance_committed(Event::SourceEnded);
         // Closing the session in order tells the destination that we have heard.

@@ -1,7 +1,7 @@
 //! Freeze: what is left is sent while the container stands still.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use criu::Action;
 use migrate::source::Event;
@@ -15,6 +15,7 @@ use crate::container::Container;
 use crate::files::TreeSender;
 use crate::link::Dialer;
 use crate::send_error::SendError;
+use crate::session::Session;
 
 impl Sender {
     /// Stops the container and sends what is left: last pages and files while
@@ -25,101 +26,107 @@ impl Sender {
         container: &Container,
     ) -> Result<(), SendError> {
         let images_client = dialer.connect().await?;
+        self.advance(Event::SwitchDecided)?;
+        self.figures.frozen_at = Some(Instant::now());
+        self.frozen = Some(container.freeze()?);
+        self.advance(Event::Frozen)?;
         self.session()?
             .say(ToDestination::Freezing(pb::Freezing {}))
             .await?;
-        self.advance(Event::SwitchDecided)?;
-        self.figures.frozen_at = Some(Instant::now());
-        self.frozen = Some(container.freeze().await?);
-        self.advance(Event::Frozen)?;
 
-        let processes = container.processes()?;
-        let claims = self
-            .with_tracker(move |tracker, _| {
-                tracker
-                    .claim(&processes)
-                    .map(Arc::new)
-                    .map_err(SendError::Track)
-            })
-            .await?;
-        let mut dump = self.dump.take().ok_or(SendError::Worker)?;
-        dump.claim(Arc::clone(&claims));
-        let frozen_at = Instant::now();
-        dump.answer(true)?;
-        let dumping = async {
-            let dumped = dump.until(Action::PostDump).await;
-            (dump, dumped, frozen_at.elapsed())
-        };
-        let copying = async {
-            let report = self.final_lap(Arc::clone(&claims)).await;
-            let layer = self.layer_pass(container, true).await;
-            report.and_then(|report| layer.map(|()| report))
-        };
-        let (dumped, copied) = tokio::join!(dumping, copying);
-        let (dump, dumped, dump_time) = dumped;
-        self.dump = Some(dump);
-        self.figures.dump = dump_time;
-        let report = copied?;
-        dumped?;
+        let claims = self.copier()?.claim(container.processes()?).await?;
+        let (report, dumped) = self.dump_and_copy(container, &claims).await?;
+        self.figures.dump = dumped;
         self.figures.final_lap = report.duration;
         self.figures.final_pages = report.pages;
 
-        let mut images = TreeSender::open(images_client, pb::FileTree::Images, &self.work).await?;
-        let (images, sent) = tokio::task::spawn_blocking(move || {
-            let sent = images.pass(true);
-            (images, sent)
-        })
-        .await
-        .map_err(|_| SendError::Worker)?;
-        sent?;
-        // Links that CRIU made for files that were unlinked but open.
-        if self.work.join("remap-fpath.img").exists() {
-            self.layer_pass(container, true).await?;
-        }
-        let mut images = images;
-        images.flush_later().await?;
-        if let Some(layer) = &mut self.layer {
-            layer.flush_later().await?;
-        }
+        let images = TreeSender::open(images_client, pb::FileTree::Images, &self.work).await?;
+        let images = send_images(images).await?;
         self.figures.image_bytes = images.bytes();
-        let streams = self.streams()?;
-        let streams = streams.lock().await;
-        self.figures.sent_bytes = streams.bytes();
-        let account = pb::Final {
-            streams: streams.totals(),
-            trees: [Some(&images), self.layer.as_ref()]
-                .into_iter()
-                .flatten()
-                .map(TreeSender::total)
-                .collect(),
-            spaces: spaces(&claims),
-        };
-        drop(streams);
-        let session = self.session.as_mut().ok_or(SendError::Worker)?;
-        session.say(ToDestination::Final(account)).await?;
+        self.figures.sent_bytes = self.copier()?.sent_bytes().await?;
+        let account = self
+            .copier()?
+            .account(images.total(), spaces(&claims))
+            .await?;
+        self.session()?.say(ToDestination::Final(account)).await?;
         self.advance(Event::FinalSent)?;
-        let session = self.session()?;
-        match session.hear().await? {
+        match self.session()?.hear().await? {
             FromDestination::Prepared(prepared) => {
-                tracing::info!(
-                    pages = prepared.staged_pages,
-                    "the destination has everything"
-                );
+                let pages = prepared.staged_pages;
+                tracing::info!(pages, "the destination has everything");
             }
             _ => return Err(SendError::OutOfTurn("something before prepared")),
         }
-        self.advance(Event::Prepared)?;
-        Ok(())
+        self.advance(Event::Prepared)
     }
 
-    pub(super) async fn final_lap(&mut self, claims: Arc<Claims>) -> Result<LapReport, SendError> {
-        self.with_tracker(move |tracker, streams| {
-            tracker
-                .final_lap(&claims, streams)
-                .map_err(SendError::Track)
-        })
-        .await
+    /// Side by side: CRIU dumps everything but memory, the last pages and files
+    /// go out, and the container's place on the network changes hands.
+    async fn dump_and_copy(
+        &mut self,
+        container: &Container,
+        claims: &Arc<Claims>,
+    ) -> Result<(LapReport, Duration), SendError> {
+        let begun = Instant::now();
+        let (Some(dump), Some(copier), Some(session)) =
+            (&mut self.dump, &self.copier, &mut self.session)
+        else {
+            return Err(SendError::Worker);
+        };
+        dump.claim(Arc::clone(claims));
+        dump.answer(true)?;
+        let processes = container.processes()?;
+        let dumping = async {
+            dump.until(Action::PostDump).await?;
+            Ok::<_, SendError>(begun.elapsed())
+        };
+        let copying = async {
+            let report = copier.final_lap(Arc::clone(claims)).await?;
+            // CRIU may be making links for files that are open but have no name,
+            // so that nothing may be missing only later.
+            let layer_bytes = copier.layer_pass(processes.clone(), false).await?;
+            Ok((report, layer_bytes))
+        };
+        let handing_over = hand_over(session, self.job.network.as_ref());
+        let (dumped, (report, layer_bytes), ()) = tokio::try_join!(dumping, copying, handing_over)?;
+        self.figures.layer_bytes = layer_bytes;
+        if self.work.join(LINK_REMAPS).exists() {
+            self.figures.layer_bytes = copier.layer_pass(processes, true).await?;
+        }
+        Ok((report, dumped))
     }
+}
+
+/// CRIU's image of the links that it made for files without a name.
+const LINK_REMAPS: &str = "remap-fpath.img";
+
+/// Lets the destination take the container's place on the network before CRIU
+/// locks it here: what clients send from now on is kept there.
+async fn hand_over(
+    session: &mut Session,
+    network: Option<&network::Attachment>,
+) -> Result<(), SendError> {
+    match session.hear().await? {
+        FromDestination::Holding(_) => {}
+        _ => return Err(SendError::OutOfTurn("something before holding")),
+    }
+    if let Some(network) = network {
+        network::detach(network).await.map_err(SendError::Network)?;
+        session
+            .say(ToDestination::Detached(pb::Detached {}))
+            .await?;
+    }
+    Ok(())
+}
+
+async fn send_images(mut images: TreeSender) -> Result<TreeSender, SendError> {
+    tokio::task::spawn_blocking(move || {
+        images.pass(true)?;
+        images.flush_later()?;
+        Ok(images)
+    })
+    .await
+    .unwrap_or(Err(SendError::Worker))
 }
 
 fn spaces(claims: &Claims) -> Vec<pb::Space> {

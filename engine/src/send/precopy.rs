@@ -1,21 +1,20 @@
 //! Negotiate, Prepare and PreCopy: everything while the container runs.
 
 use std::fs;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use criu::Action;
 use migrate::Phase;
 use migrate::converge::{Budget, Convergence, Costs, Decision, LapSample};
 use migrate::source::Event;
-use pages::{LapReport, Tracker};
+use pages::LapReport;
 use proto::engine::Lap;
 use proto::engine::progress::Event as News;
 use proto::migration as pb;
 use proto::migration::destination_message::Message as FromDestination;
 use proto::migration::source_message::Message as ToDestination;
-use tokio::sync::Mutex;
 
+use super::copier::Copier;
 use super::{PAGE_STREAMS, Sender, limited, make_dir, millis};
 use crate::container::Container;
 use crate::dump::Dump;
@@ -23,7 +22,7 @@ use crate::files::TreeSender;
 use crate::link::Dialer;
 use crate::send_error::SendError;
 use crate::session::Session;
-use crate::streams::{PageStreams, SharedStreams};
+use crate::streams::PageStreams;
 
 impl Sender {
     pub(super) async fn negotiate(&mut self) -> Result<Dialer, SendError> {
@@ -90,12 +89,14 @@ impl Sender {
             Ok(PageStreams::open(dialer, PAGE_STREAMS).await?)
         })
         .await?;
-        self.streams = Some(Arc::new(Mutex::new(streams)));
-        if let Some(upperdir) = self.job.container.upperdir.clone() {
-            let client = dialer.connect().await?;
-            let layer = TreeSender::open(client, pb::FileTree::Layer, &upperdir).await?;
-            self.layer = Some(layer);
-        }
+        let layer = match &self.job.container.upperdir {
+            Some(upperdir) => {
+                let client = dialer.connect().await?;
+                Some(TreeSender::open(client, pb::FileTree::Layer, upperdir).await?)
+            }
+            None => None,
+        };
+        self.copier = Some(Copier::new(self.figures.tracked, streams, layer));
         let dump = self.dump.insert(Dump::spawn(request)?);
         limited(Phase::Prepare, async {
             Ok(dump.until(Action::PreDump).await?)
@@ -108,7 +109,7 @@ impl Sender {
     /// Copies memory and files while the container runs, until a switch-over
     /// fits the budget.
     pub(super) async fn pre_copy(&mut self, container: &Container) -> Result<(), SendError> {
-        self.layer_pass(container, false).await?;
+        self.layer_pass(container).await?;
         if !self.figures.tracked {
             // The kernel cannot track writes: all memory goes in the freeze.
             return Ok(());
@@ -141,21 +142,8 @@ impl Sender {
         Ok(())
     }
 
-    /// One pass over memory, until the destination has acknowledged it.
-    pub(super) async fn lap(&mut self, container: &Container) -> Result<LapReport, SendError> {
-        let processes = container.processes()?;
-        let stop = Arc::clone(&self.stop_lap);
-        let begun = Instant::now();
-        let mut report = self
-            .with_tracker(move |tracker, streams| {
-                tracker
-                    .lap(&processes, streams, &stop)
-                    .map_err(SendError::Track)
-            })
-            .await?;
-        // Until it has arrived it does not count: this is how fast the link is.
-        self.streams()?.lock().await.drain().await?;
-        report.duration = begun.elapsed();
+    async fn lap(&mut self, container: &Container) -> Result<LapReport, SendError> {
+        let report = self.copier()?.lap(container.processes()?).await?;
         self.figures.laps = report.number;
         if report.number == 1 {
             self.figures.memory_bytes = report.bytes;
@@ -163,74 +151,21 @@ impl Sender {
         Ok(report)
     }
 
-    /// Runs one blocking operation of the tracker with the page streams.
-    pub(super) async fn with_tracker<T: Send + 'static>(
-        &mut self,
-        operation: impl FnOnce(&mut Tracker, &mut PageStreams) -> Result<T, SendError> + Send + 'static,
-    ) -> Result<T, SendError> {
-        let tracker = Arc::clone(self.tracker.get_or_insert_with(|| {
-            let tracker = if self.figures.tracked {
-                Tracker::new()
-            } else {
-                Tracker::untracked()
-            };
-            Arc::new(std::sync::Mutex::new(tracker))
-        }));
-        let mut streams = self.streams()?.lock_owned().await;
-        let (streams, result) = tokio::task::spawn_blocking(move || {
-            let mut tracker = tracker.lock().map_err(|_| SendError::Worker)?;
-            let result = operation(&mut tracker, &mut streams);
-            Ok::<_, SendError>((streams, result))
-        })
-        .await
-        .map_err(|_| SendError::Worker)??;
-        // A broken stream explains a sink that closed.
-        match streams.failure() {
-            Some(failure) => Err(failure.into()),
-            None => result,
-        }
-    }
-
-    pub(super) fn streams(&self) -> Result<SharedStreams, SendError> {
-        self.streams.clone().ok_or(SendError::Worker)
-    }
-
-    /// Copies the writable layer: everything first, then what changed.
-    pub(super) async fn layer_pass(
-        &mut self,
-        container: &Container,
-        strict: bool,
-    ) -> Result<(), SendError> {
-        let Some(mut layer) = self.layer.take() else {
-            return Ok(());
-        };
-        let processes = container.processes()?;
-        let (layer, report) = tokio::task::spawn_blocking(move || {
-            layer.suspect_mapped_by(&processes);
-            let report = layer.pass(strict);
-            (layer, report)
-        })
-        .await
-        .map_err(|_| SendError::Worker)?;
-        self.figures.layer_bytes = layer.bytes();
-        self.layer = Some(layer);
-        report?;
+    async fn layer_pass(&mut self, container: &Container) -> Result<(), SendError> {
+        let bytes = self
+            .copier()?
+            .layer_pass(container.processes()?, false)
+            .await?;
+        self.figures.layer_bytes = bytes;
         Ok(())
     }
 
     /// The last steps before the freeze: files, then mappings, then memory, the
     /// fastest-changing last.
     pub(super) async fn catch_up(&mut self, container: &Container) -> Result<(), SendError> {
-        self.layer_pass(container, false).await?;
-        if let Some(layer) = &mut self.layer {
-            layer.flush().await?;
-        }
+        self.layer_pass(container).await?;
         if self.figures.tracked {
-            self.with_tracker(|tracker, _| {
-                tracker.prepare_smaps();
-                Ok(())
-            })
-            .await?;
+            self.copier()?.prepare_smaps().await?;
             self.lap(container).await?;
         }
         Ok(())

@@ -13,7 +13,7 @@ use sys::uffd::Userfaultfd;
 use super::LazyError;
 use super::Prefill;
 use super::outstanding::{Outstanding, Piece};
-use super::recipient::{Recipient, RequestError};
+use super::recipient::{Origin, Recipient, RequestError};
 use super::report::Tally;
 use super::signal::Signal;
 use crate::SpaceId;
@@ -85,8 +85,10 @@ impl Crew {
     /// Has a space filled and its faults served.
     pub(super) fn add(&self, space: Recipient) -> io::Result<()> {
         let space = Arc::new(space);
-        let hot = space.hot_pieces();
-        lock(&self.hot).extend(hot.into_iter().map(|piece| (Arc::clone(&space), piece)));
+        if space.origin == Origin::Restored {
+            let hot = space.hot_pieces();
+            lock(&self.hot).extend(hot.into_iter().map(|piece| (Arc::clone(&space), piece)));
+        }
         let key = self.made.fetch_add(1, Ordering::Relaxed);
         write(&self.spaces).insert(key, Arc::clone(&space));
         self.epoll
@@ -99,15 +101,26 @@ impl Crew {
         read(&self.spaces).get(&key).cloned()
     }
 
-    /// The space behind `key` that is not filled, around the circle.
-    pub(super) fn space_after(&self, key: Option<u64>) -> Option<(u64, Arc<Recipient>)> {
+    /// Claims a piece of the next space behind `last` that has one to be filled, around the circle.
+    ///
+    /// Children come last. Most run another program soon, or end, and then all that was done for them was in vain; and
+    /// the sooner a parent is filled, the fewer children need it.
+    pub(super) fn claim_next(
+        &self,
+        last: &mut Option<u64>,
+    ) -> Option<(Arc<Recipient>, Arc<Piece>)> {
         let spaces = read(&self.spaces);
-        let start = key.map_or(Bound::Unbounded, Bound::Excluded);
-        let behind = spaces.range((start, Bound::Unbounded));
-        behind
-            .chain(&*spaces)
-            .find(|(_, space)| !space.is_filled())
-            .map(|(key, space)| (*key, Arc::clone(space)))
+        let behind = last.map_or(Bound::Unbounded, Bound::Excluded);
+        for origin in [Origin::Restored, Origin::Forked] {
+            let circle = spaces.range((behind, Bound::Unbounded)).chain(&*spaces);
+            for (key, space) in circle.filter(|(_, space)| space.origin == origin) {
+                if let Some(piece) = space.claim_next() {
+                    *last = Some(*key);
+                    return Some((Arc::clone(space), piece));
+                }
+            }
+        }
+        None
     }
 
     /// Forgets a space whose process is gone. Its userfaultfd is closed when nobody looks at it any more.

@@ -121,6 +121,12 @@ fn answer(crew: &Crew, fault: &Fault) -> Result<bool, LazyError> {
             return Ok(false);
         }
         Placed::Gone => crew.forget(space),
+        Placed::Occupied(addr) => {
+            return Err(LazyError::Occupied {
+                space: space.id,
+                addr,
+            });
+        }
         // It was mapped when it was touched and is not any more; whoever touched it has to find out.
         Placed::Homeless(addr) => space.wake(addr).map_err(failed)?,
     }

@@ -7,7 +7,6 @@ use super::LazyError;
 use super::crew::{Crew, Message};
 use super::outstanding::Piece;
 use super::recipient::{Origin, Placed, Recipient};
-use crate::bits::PageBits;
 
 /// How long to wait before pages are tried again that cannot be placed yet. A fraction of what a restore takes, many
 /// times what an attempt does.
@@ -20,8 +19,8 @@ const MISSES: u32 = 16;
 /// that changed them has gone on.
 const CHANGING_FOR: Duration = Duration::from_micros(50);
 
-/// How long to wait when others have taken all there is to do.
-const IDLE_FOR: Duration = Duration::from_millis(5);
+/// How long to wait when others have taken all there is to do: they may have to give something back.
+const IDLE_FOR: Duration = Duration::from_millis(1);
 
 /// Why a thread stopped working on a piece.
 enum Pause {
@@ -43,9 +42,15 @@ struct Worker {
 }
 
 /// Fills until the crew stops. A failure goes to the server.
-pub(super) fn run(crew: &Crew) {
+///
+/// Before the restore has finished only the `leader` does: CRIU needs the processors itself.
+pub(super) fn run(crew: &Crew, leader: bool) {
     let mut worker = Worker::default();
     while !crew.is_stopped() {
+        if !leader && !crew.has_resumed() {
+            crew.wait(IDLE_FOR);
+            continue;
+        }
         match worker.work_once(crew) {
             Ok(None) => {}
             Ok(Some(wait)) => crew.wait(wait),
@@ -65,7 +70,7 @@ impl Worker {
                 // Somebody fills all of it just now.
                 return Ok(None);
             }
-            let pause = fill(crew, &space, &piece, Piece::hot_todo);
+            let pause = fill(crew, &space, &piece, true);
             piece.unclaim();
             let pause = pause?;
             let wait = self.wait(&pause);
@@ -77,14 +82,10 @@ impl Worker {
         if !crew.may_fill_all() {
             return Ok(Some(IDLE_FOR));
         }
-        let Some((key, space)) = crew.space_after(self.last_space) else {
+        let Some((space, piece)) = crew.claim_next(&mut self.last_space) else {
             return Ok(Some(IDLE_FOR));
         };
-        self.last_space = Some(key);
-        let Some(piece) = space.claim_next() else {
-            return Ok(Some(RETRY_AFTER));
-        };
-        let pause = fill(crew, &space, &piece, Piece::todo);
+        let pause = fill(crew, &space, &piece, false);
         piece.unclaim();
         let pause = pause?;
         if matches!(pause, Pause::Changing) {
@@ -112,7 +113,7 @@ fn fill(
     crew: &Crew,
     space: &Arc<Recipient>,
     piece: &Piece,
-    wanted: fn(&Piece) -> PageBits,
+    hot_only: bool,
 ) -> Result<Pause, LazyError> {
     // Held until the end, so that the memory is given back without a lock held.
     let Some(window) = piece.window() else {
@@ -120,15 +121,15 @@ fn fill(
     };
     let mut from = 0;
     while !crew.is_stopped() {
-        let (placed, run) = space
-            .place_next(piece, &window, from, wanted)
+        let (placed, next) = space
+            .place_next(piece, &window, from, hot_only)
             .map_err(|error| error.of(space.id))?;
-        match (placed, run) {
+        match (placed, next) {
             (Placed::All, None) if from == 0 => return Ok(Pause::Done),
             (Placed::All, None) => from = 0,
-            (Placed::All, Some(run)) => {
+            (Placed::All, Some(next)) => {
                 crew.memory(space.id, true)?;
-                from = run.end;
+                from = next;
             }
             (Placed::Changing, _) => return Ok(Pause::Changing),
             (Placed::NoMemory, _) => {
@@ -138,6 +139,12 @@ fn fill(
             (Placed::Gone, _) => {
                 crew.forget(space);
                 return Ok(Pause::Done);
+            }
+            (Placed::Occupied(addr), _) => {
+                return Err(LazyError::Occupied {
+                    space: space.id,
+                    addr,
+                });
             }
             (Placed::Homeless(_), _) if !crew.has_resumed() => return Ok(Pause::Homeless),
             (Placed::Homeless(addr), _) => match space.origin {

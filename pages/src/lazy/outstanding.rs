@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::PAGE_BYTES;
-use crate::bits::{PageBits, SharedBits, WINDOW_PAGES};
+use crate::bits::{PageBits, WINDOW_PAGES};
 use crate::staging::window::{WINDOW_BYTES, Window};
 use crate::sync::lock;
 
@@ -20,20 +20,45 @@ use crate::sync::lock;
 pub(super) struct Piece {
     /// The address of the window's first page, which can be below zero when only later ones are in the piece.
     base: i64,
-    todo: SharedBits,
     hot: PageBits,
-    window: Mutex<Option<Arc<Window>>>,
     claimed: AtomicBool,
+    state: Mutex<State>,
+}
+
+/// Every page is in one of the two sets until it is placed, so that there is no moment at which a page with content
+/// could be taken for one without; and only one thread at a time tries to place it, so that a page that is there
+/// already was not placed by us.
+#[derive(Debug)]
+struct State {
+    /// Pages nobody has begun to place.
+    todo: PageBits,
+    /// Pages that somebody is placing.
+    flying: PageBits,
+    /// The content; gone with the last page.
+    window: Option<Arc<Window>>,
+}
+
+/// What a thread that wants a certain page has to do.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Begun {
+    /// Place these.
+    Run(Range<usize>),
+    /// Nothing but to look again later: another thread is placing it.
+    Flying,
 }
 
 impl Piece {
     fn new(base: i64, todo: PageBits, hot: PageBits, window: Arc<Window>) -> Self {
+        let state = State {
+            todo,
+            flying: PageBits::default(),
+            window: (!todo.is_empty()).then_some(window),
+        };
         Self {
             base,
-            todo: SharedBits::new(todo),
             hot: hot.intersection(&todo),
-            window: Mutex::new(Some(window)),
             claimed: AtomicBool::new(false),
+            state: Mutex::new(state),
         }
     }
 
@@ -47,26 +72,58 @@ impl Piece {
         self.base
     }
 
-    /// The pages that are still to be placed.
-    pub(super) fn todo(&self) -> PageBits {
-        self.todo.load()
-    }
-
-    /// Those among them that are likely to be wanted soon.
-    pub(super) fn hot_todo(&self) -> PageBits {
-        self.hot.intersection(&self.todo.load())
-    }
-
-    /// Strikes pages off; returns how many of them were still to be placed. With the last one the window goes.
-    pub(super) fn settle(&self, pages: Range<usize>) -> usize {
-        let settled = self.todo.remove(pages);
-        self.drop_if_done();
-        settled
-    }
-
     /// The content, while there is anything to be placed.
     pub(super) fn window(&self) -> Option<Arc<Window>> {
-        lock(&self.window).clone()
+        lock(&self.state).window.clone()
+    }
+
+    /// Whether hot pages are still to be placed.
+    pub(super) fn has_hot(&self) -> bool {
+        let state = lock(&self.state);
+        !self.hot.intersection(&state.todo).is_empty()
+    }
+
+    /// Begins to place the first run of pages at or behind page `from`.
+    pub(super) fn begin(
+        &self,
+        from: usize,
+        longest: usize,
+        hot_only: bool,
+    ) -> Option<Range<usize>> {
+        let mut state = lock(&self.state);
+        let wanted = match hot_only {
+            true => self.hot.intersection(&state.todo),
+            false => state.todo,
+        };
+        let run = wanted.next_run(from, longest)?;
+        state.lift(run.clone());
+        Some(run)
+    }
+
+    /// Begins to place a page that [`Outstanding::find`] found, with its neighbours in `within`.
+    pub(super) fn begin_around(&self, page: usize, within: &Range<usize>) -> Begun {
+        let mut state = lock(&self.state);
+        if !state.todo.contains(page) {
+            return Begun::Flying;
+        }
+        let run = state.todo.run_around(page, within);
+        state.lift(run.clone());
+        Begun::Run(run)
+    }
+
+    /// Strikes pages off that are being placed.
+    pub(super) fn land(&self, pages: Range<usize>) {
+        let mut state = lock(&self.state);
+        debug_assert_eq!(state.flying.count(&pages), pages.len(), "were begun");
+        state.flying.remove(pages);
+        state.drop_if_done();
+    }
+
+    /// Gives back pages that could not be placed now.
+    pub(super) fn put_back(&self, pages: Range<usize>) {
+        let mut state = lock(&self.state);
+        state.flying.remove(pages.clone());
+        state.todo.insert(pages);
     }
 
     /// Claims the piece for one thread.
@@ -80,28 +137,52 @@ impl Piece {
     }
 
     fn is_free(&self) -> bool {
-        !self.claimed.load(Ordering::Relaxed) && !self.todo.load().is_empty()
+        !self.claimed.load(Ordering::Relaxed) && !lock(&self.state).todo.is_empty()
     }
 
+    fn contains(&self, page: usize) -> bool {
+        let state = lock(&self.state);
+        state.todo.contains(page) || state.flying.contains(page)
+    }
+
+    /// Pages that are not placed yet.
+    fn len(&self) -> usize {
+        let state = lock(&self.state);
+        state.todo.len() + state.flying.len()
+    }
+
+    /// Takes pages out. Only while nothing is being placed.
     fn take(&self, pages: Range<usize>) -> PageBits {
-        let taken = self.todo.take(pages);
-        self.drop_if_done();
+        let mut state = lock(&self.state);
+        debug_assert!(
+            state.flying.is_empty(),
+            "events have the set for themselves"
+        );
+        let mut taken = PageBits::default();
+        taken.insert(pages.clone());
+        let taken = taken.intersection(&state.todo);
+        state.todo.remove(pages);
+        state.drop_if_done();
         taken
-    }
-
-    fn drop_if_done(&self) {
-        if self.todo.load().is_empty() {
-            lock(&self.window).take();
-        }
     }
 
     /// The part of the window that lies in a range of addresses.
     fn pages_in(&self, range: &Range<u64>) -> Range<usize> {
-        let page = |addr: u64| {
-            let offset = (addr as i64 - self.base).clamp(0, WINDOW_BYTES as i64);
-            offset as usize
-        };
-        page(range.start) / PAGE_BYTES..page(range.end).div_ceil(PAGE_BYTES)
+        let offset = |addr: u64| (addr as i64 - self.base).clamp(0, WINDOW_BYTES as i64) as usize;
+        offset(range.start) / PAGE_BYTES..offset(range.end).div_ceil(PAGE_BYTES)
+    }
+}
+
+impl State {
+    fn lift(&mut self, pages: Range<usize>) {
+        self.todo.remove(pages.clone());
+        self.flying.insert(pages);
+    }
+
+    fn drop_if_done(&mut self) {
+        if self.todo.is_empty() && self.flying.is_empty() {
+            self.window = None;
+        }
     }
 }
 
@@ -125,8 +206,7 @@ impl Outstanding {
 
     /// Pages that are still to be placed.
     pub(super) fn pages(&self) -> u64 {
-        let pages = self.pieces.values().map(|piece| piece.todo().len() as u64);
-        pages.sum()
+        self.pieces.values().map(|piece| piece.len() as u64).sum()
     }
 
     /// The pieces, ascending.
@@ -138,7 +218,7 @@ impl Outstanding {
     pub(super) fn find(&self, addr: u64) -> Option<(&Arc<Piece>, usize)> {
         self.near(&(addr..addr + 1))
             .map(|piece| (piece, (addr as i64 - piece.base) as usize / PAGE_BYTES))
-            .find(|(piece, page)| piece.todo().contains(*page))
+            .find(|(piece, page)| piece.contains(*page))
     }
 
     /// Claims the first free piece whose window ends behind `from`, in address order.
@@ -152,7 +232,7 @@ impl Outstanding {
     pub(super) fn remove(&mut self, range: &Range<u64>) -> u64 {
         let dropped = self
             .near(range)
-            .map(|piece| piece.settle(piece.pages_in(range)) as u64)
+            .map(|piece| piece.take(piece.pages_in(range)).len() as u64)
             .sum();
         self.forget_done(range);
         dropped
@@ -186,8 +266,9 @@ impl Outstanding {
     pub(super) fn fork(&self) -> Self {
         let mut child = Self::default();
         for piece in self.pieces.values() {
-            if let Some(window) = piece.window() {
-                child.insert(Piece::new(piece.base, piece.todo(), piece.hot, window));
+            let state = lock(&piece.state);
+            if let Some(window) = state.window.clone() {
+                child.insert(Piece::new(piece.base, state.todo, piece.hot, window));
             }
         }
         child
@@ -196,10 +277,10 @@ impl Outstanding {
     /// Forgets everything; returns how many pages were still to be placed.
     pub(super) fn clear(&mut self) -> u64 {
         let pieces = std::mem::take(&mut self.pieces);
-        let dropped = pieces
+        pieces
             .values()
-            .map(|piece| piece.settle(0..WINDOW_PAGES) as u64);
-        dropped.sum()
+            .map(|piece| piece.take(0..WINDOW_PAGES).len() as u64)
+            .sum()
     }
 
     fn insert(&mut self, piece: Piece) {
@@ -216,7 +297,7 @@ impl Outstanding {
         let done: Vec<_> = self
             .pieces
             .range(keys_near(range))
-            .filter(|(_, piece)| piece.todo().is_empty())
+            .filter(|(_, piece)| piece.len() == 0)
             .map(|(key, _)| *key)
             .collect();
         for key in done {
@@ -261,6 +342,13 @@ mod tests {
         Some((page, content))
     }
 
+    /// Places the first pages of a piece.
+    fn place(piece: &Piece, pages: usize) {
+        let begun = piece.begin(0, pages, false).unwrap();
+        assert_eq!(begun, 0..pages);
+        piece.land(begun);
+    }
+
     #[test]
     fn every_page_is_found_at_its_address() {
         let set = two_windows();
@@ -275,14 +363,30 @@ mod tests {
     fn settled_and_removed_pages_are_not_found_again_and_the_window_goes_with_the_last() {
         let mut set = two_windows();
         let piece = Arc::clone(set.find(BASE).unwrap().0);
-        assert_eq!(piece.settle(0..10), 10);
-        assert_eq!(piece.settle(0..10), 0);
+        place(&piece, 10);
         assert_eq!(at(&set, BASE + 9 * PAGE), None);
         let removed = set.remove(&(BASE + 10 * PAGE..BASE + WINDOW + 3 * PAGE));
         assert_eq!(removed, 502 + 3);
         assert!(piece.window().is_none());
         assert_eq!(set.pieces().count(), 1);
         assert_eq!(at(&set, BASE + WINDOW + 3 * PAGE), Some((3, 3)));
+    }
+
+    #[test]
+    fn a_page_that_is_being_placed_is_neither_begun_again_nor_taken_for_missing() {
+        let set = two_windows();
+        let piece = set.find(BASE).unwrap().0;
+        assert_eq!(piece.begin(0, 64, false), Some(0..64));
+        assert_eq!(piece.begin(0, 64, false), Some(64..128));
+        assert_eq!(at(&set, BASE + 5 * PAGE), Some((5, 5)));
+        assert_eq!(piece.begin_around(5, &(0..16)), Begun::Flying);
+        assert_eq!(piece.begin_around(130, &(128..144)), Begun::Run(128..144));
+        assert_eq!(set.pages(), 1024);
+        piece.land(0..60);
+        piece.put_back(60..64);
+        assert_eq!(at(&set, BASE + 5 * PAGE), None);
+        assert_eq!(piece.begin_around(61, &(48..64)), Begun::Run(60..64));
+        assert_eq!(set.pages(), 1024 - 60);
     }
 
     #[test]
@@ -324,7 +428,7 @@ mod tests {
     #[test]
     fn a_child_misses_what_the_parent_missed_and_is_filled_on_its_own() {
         let mut set = two_windows();
-        set.find(BASE).unwrap().0.settle(0..WINDOW_PAGES);
+        place(set.find(BASE).unwrap().0, WINDOW_PAGES);
         let child = set.fork();
         assert_eq!(child.pages(), 512);
         assert_eq!(set.clear(), 512);
@@ -349,9 +453,12 @@ mod tests {
     fn hot_pages_are_those_still_to_be_placed() {
         let set = two_windows();
         let hot = set.find(BASE + WINDOW).unwrap().0;
-        assert_eq!(hot.hot_todo().len(), 512);
-        hot.settle(0..500);
-        assert_eq!(hot.hot_todo().len(), 12);
-        assert!(set.find(BASE).unwrap().0.hot_todo().is_empty());
+        place(hot, 500);
+        assert!(hot.has_hot());
+        assert_eq!(hot.begin(0, 100, true), Some(500..512));
+        assert!(!hot.has_hot());
+        let cold = set.find(BASE).unwrap().0;
+        assert!(!cold.has_hot());
+        assert_eq!(cold.begin(0, 100, true), None);
     }
 }

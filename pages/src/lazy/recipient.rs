@@ -27,10 +27,9 @@ use std::sync::{Arc, RwLock};
 
 use sys::uffd::{Event, Obstacle, Userfaultfd};
 
-use super::outstanding::{Outstanding, Piece};
+use super::outstanding::{Begun, Outstanding, Piece};
 use super::report::{Tally, add};
 use super::signal::Signal;
-use crate::bits::PageBits;
 use crate::staging::window::{WINDOW_BYTES, Window};
 use crate::sync::{read, write};
 use crate::{PAGE_BYTES, SpaceId};
@@ -66,12 +65,14 @@ pub(super) struct RequestError {
 pub(super) enum Placed {
     /// All pages that were wanted and are still to be placed are.
     All,
-    /// Not now: an event has to be read first.
+    /// Not now: an event has to be read first, or another thread is placing the page.
     Changing,
     /// Not now: no memory.
     NoMemory,
     /// There is no registered mapping for a page.
     Homeless(u64),
+    /// A page is there that we did not place.
+    Occupied(u64),
     /// The address space is gone.
     Gone,
 }
@@ -125,13 +126,16 @@ impl Recipient {
     pub(super) fn hot_pieces(&self) -> Vec<Arc<Piece>> {
         let set = read(&self.outstanding);
         set.pieces()
-            .filter(|piece| !piece.hot_todo().is_empty())
+            .filter(|piece| piece.has_hot())
             .cloned()
             .collect()
     }
 
     /// Claims the next piece: from the last fault or the last piece on, then from the start.
     pub(super) fn claim_next(&self) -> Option<Arc<Piece>> {
+        if self.is_filled() {
+            return None;
+        }
         let set = read(&self.outstanding);
         let cursor = self.cursor.load(Ordering::Relaxed);
         let piece = set.claim_from(cursor).or_else(|| set.claim_from(0))?;
@@ -145,58 +149,78 @@ impl Recipient {
         self.cursor.store(addr, Ordering::Relaxed);
     }
 
-    /// Places the next run of pages of a piece that are in `wanted(piece)`, at or behind page `from`; returns the
-    /// pages dealt with, none if there is no such run.
+    /// Places the next [`CHUNK_PAGES`] pages of a piece at or behind page `from`, in as many runs as it takes; returns
+    /// how far it came and where to go on, nowhere if there are no more.
     pub(super) fn place_next(
         &self,
         piece: &Piece,
         window: &Window,
-        from: usize,
-        wanted: impl Fn(&Piece) -> PageBits,
-    ) -> Result<(Placed, Option<Range<usize>>), RequestError> {
+        mut from: usize,
+        hot_only: bool,
+    ) -> Result<(Placed, Option<usize>), RequestError> {
         let set = read(&self.outstanding);
-        let Some(run) = wanted(piece).next_run(from, CHUNK_PAGES) else {
-            return Ok((Placed::All, None));
-        };
-        let placed = self.place(piece, window, run.clone());
+        let mut left = CHUNK_PAGES;
+        let mut outcome = (Placed::All, None);
+        while left > 0
+            && let Some(run) = piece.begin(from, left, hot_only)
+        {
+            left -= run.len();
+            from = run.end;
+            outcome = (self.place(piece, window, run)?, Some(from));
+            if outcome.0 != Placed::All {
+                break;
+            }
+        }
         drop(set);
-        Ok((placed?, Some(run)))
+        Ok(outcome)
     }
 
-    /// Places pages of a piece. Only under a lock of `outstanding`.
+    /// Places pages of a piece that were begun; those that cannot be placed are put back. Only under a lock of
+    /// `outstanding`.
     fn place(
         &self,
         piece: &Piece,
         window: &Window,
-        pages: Range<usize>,
+        mut pages: Range<usize>,
     ) -> Result<Placed, RequestError> {
-        let mut next = pages.start;
         // A run can lie in two mappings that touch, and a request may not: after a refusal it is halved until it fits.
         let mut longest = pages.len();
-        while next < pages.end {
-            let run = next..pages.end.min(next + longest);
+        while !pages.is_empty() {
+            let run = pages.start..pages.end.min(pages.start + longest);
             let addr = piece.addr(run.start);
-            match self.uffd.copy(addr, window.content(run.clone())) {
+            let obstacle = match self.uffd.copy(addr, window.content(run.clone())) {
                 Ok(bytes) => {
-                    next += bytes / PAGE_BYTES;
+                    let behind = run.start + bytes / PAGE_BYTES;
+                    self.land(piece, run.start..behind, &self.tally.copied);
+                    pages.start = behind;
                     longest = pages.len();
-                    self.settle(piece, run.start..next, &self.tally.copied);
+                    continue;
                 }
-                Err(Obstacle::Present) => {
-                    next += 1;
-                    self.settle(piece, run.start..next, &self.tally.present);
+                Err(Obstacle::Unregistered) if run.len() > 1 => {
+                    longest = run.len() / 2;
+                    continue;
+                }
+                // A child has what its parent had.
+                Err(Obstacle::Present) if self.origin == Origin::Forked => {
+                    pages.start += 1;
+                    self.land(piece, run.start..pages.start, &self.tally.present);
                     self.wake(addr)?;
+                    continue;
                 }
-                Err(Obstacle::Unregistered) if run.len() > 1 => longest = run.len() / 2,
-                Err(Obstacle::Unregistered) => return Ok(Placed::Homeless(addr)),
-                Err(Obstacle::Changing) => return Ok(Placed::Changing),
-                Err(Obstacle::NoMemory) => return Ok(Placed::NoMemory),
-                Err(Obstacle::Gone) => return Ok(Placed::Gone),
-                Err(Obstacle::Refused(errno)) => {
+                Err(obstacle) => obstacle,
+            };
+            piece.put_back(pages);
+            return Ok(match obstacle {
+                Obstacle::Present => Placed::Occupied(addr),
+                Obstacle::Unregistered => Placed::Homeless(addr),
+                Obstacle::Changing => Placed::Changing,
+                Obstacle::NoMemory => Placed::NoMemory,
+                Obstacle::Gone => Placed::Gone,
+                Obstacle::Refused(errno) => {
                     let source = errno.into();
                     return Err(RequestError { addr, source });
                 }
-            }
+            });
         }
         Ok(Placed::All)
     }
@@ -212,12 +236,18 @@ impl Recipient {
             return self.zero(addr);
         };
         let block = page - page % AROUND_PAGES;
-        let run = piece
-            .todo()
-            .run_around(page, &(block..block + AROUND_PAGES));
+        let around = block..block + AROUND_PAGES;
+        let Begun::Run(run) = piece.begin_around(page, &around) else {
+            return Ok(Placed::Changing);
+        };
         match self.place(piece, &window, run)? {
             // A neighbour beyond the end of the mapping must not keep the page from its reader.
-            Placed::Homeless(other) if other != addr => self.place(piece, &window, page..page + 1),
+            Placed::Homeless(other) if other != addr => {
+                match piece.begin_around(page, &(page..page + 1)) {
+                    Begun::Run(run) => self.place(piece, &window, run),
+                    Begun::Flying => Ok(Placed::Changing),
+                }
+            }
             other => Ok(other),
         }
     }
@@ -291,10 +321,11 @@ impl Recipient {
         self.drop_pages(dropped);
     }
 
-    fn settle(&self, piece: &Piece, pages: Range<usize>, count: &AtomicU64) {
-        let settled = piece.settle(pages) as u64;
-        add(count, settled);
-        self.deduct(settled);
+    fn land(&self, piece: &Piece, pages: Range<usize>, count: &AtomicU64) {
+        let landed = pages.len() as u64;
+        piece.land(pages);
+        add(count, landed);
+        self.deduct(landed);
     }
 
     fn drop_pages(&self, pages: u64) {

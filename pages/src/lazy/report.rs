@@ -14,11 +14,8 @@ pub struct FillReport {
     pub bytes: u64,
     /// Those among `pages_copied` that were placed before the restore had finished.
     pub prefilled_pages: u64,
-    /// Staged pages that were in the process already when their turn came, and stayed as they were. Before the tasks
-    /// resume these are the pages CRIU restored itself; after it, pages that a child got from its parent.
+    /// Staged pages that forked children had already when their turn came.
     pub present_pages: u64,
-    /// Those among `present_pages` that were found before the restore had finished.
-    pub present_before_resume: u64,
     /// Staged pages the process gave up before they were placed: unmapped, discarded, or it ended.
     pub dropped_pages: u64,
     /// Page faults served.

@@ -49,7 +49,10 @@ impl BufferPool {
     fn take(&self) -> Buffer {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let bytes = kept.unwrap_or_else(|| Vec::with_capacity(BATCH_BYTES));
-        Buffer { bytes, pool: self.clone() }
+        Buffer {
+            bytes,
+            pool: self.clone(),
+        }
     }
 }
 
@@ -148,6 +151,11 @@ impl<'a> Emitter<'a> {
         self
     }
 
+    /// The places in a range, each covered by one page table, of which the destination holds anything. Ascending.
+    pub(crate) fn held_tables(&self, range: &Range<u64>) -> Vec<Range<u64>> {
+        self.held.tables_in(range)
+    }
+
     /// These pages have, or may have, content.
     pub(crate) fn read(&mut self, range: Range<u64>) -> Result<(), TrackError> {
         for piece in pieces(range, EXTENT_BYTES) {
@@ -211,7 +219,10 @@ impl<'a> Emitter<'a> {
             return Ok(());
         }
         let mut buffer = self.pool.take();
-        let mut read = self.read_pages(&items, &mut buffer.bytes)?.into_iter().peekable();
+        let mut read = self
+            .read_pages(&items, &mut buffer.bytes)?
+            .into_iter()
+            .peekable();
         let mut packing = Packing::new(&mut buffer.bytes, self.held);
         for item in &items {
             match item {
@@ -233,7 +244,11 @@ impl<'a> Emitter<'a> {
                 RecordKind::Zero => self.totals.zero_pages += u64::from(record.pages),
             }
         }
-        let batch = Batch { space: self.space, records, payload: buffer.into_payload() };
+        let batch = Batch {
+            space: self.space,
+            records,
+            payload: buffer.into_payload(),
+        };
         debug_assert_eq!(batch.validate(), Ok(()), "a batch of our own making");
         Ok(self.sink.send(batch)?)
     }
@@ -283,13 +298,21 @@ impl<'a> Emitter<'a> {
                 }
                 Err(source) => {
                     let addr = wanted[first].start;
-                    return Err(TrackError::Read { pid: self.pid, addr, source });
+                    return Err(TrackError::Read {
+                        pid: self.pid,
+                        addr,
+                        source,
+                    });
                 }
             }
             // The very first page is not there or not readable.
             let range = &mut wanted[first];
             skipped += 1;
-            let end = if skipped < self.skip_limit { range.start + PAGE } else { range.end };
+            let end = if skipped < self.skip_limit {
+                range.start + PAGE
+            } else {
+                range.end
+            };
             self.lost.push(range.start..end);
             range.start = end;
             if range.is_empty() {
@@ -314,7 +337,13 @@ struct Packing<'a> {
 
 impl<'a> Packing<'a> {
     fn new(buffer: &'a mut Vec<u8>, held: &'a mut HeldPages) -> Self {
-        Self { buffer, held, offset: 0, kept: 0, records: Vec::new() }
+        Self {
+            buffer,
+            held,
+            offset: 0,
+            kept: 0,
+            records: Vec::new(),
+        }
     }
 
     /// The next pages in the buffer are these.
@@ -366,7 +395,11 @@ impl<'a> Packing<'a> {
         let pages = ((range.end - range.start) / PAGE) as u32;
         match self.records.last_mut() {
             Some(last) if last.kind == kind && last.end() == range.start => last.pages += pages,
-            _ => self.records.push(Record { addr: range.start, pages, kind }),
+            _ => self.records.push(Record {
+                addr: range.start,
+                pages,
+                kind,
+            }),
         }
     }
 
@@ -377,6 +410,10 @@ impl<'a> Packing<'a> {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::single_range_in_vec_init,
+    reason = "lists of ranges, some of one"
+)]
 mod tests {
     use super::*;
     use crate::SinkClosed;
@@ -435,7 +472,10 @@ mod tests {
             let page = (record.addr - memory.page(0)) / PAGE;
             (page, record.pages, content.map(|bytes| bytes[0]))
         };
-        batches.iter().flat_map(|batch| batch.contents().map(describe).collect::<Vec<_>>()).collect()
+        batches
+            .iter()
+            .flat_map(|batch| batch.contents().map(describe).collect::<Vec<_>>())
+            .collect()
     }
 
     #[test]
@@ -445,7 +485,10 @@ mod tests {
         held.hold(memory.page(2)..memory.page(3));
         let all = memory.page(0)..memory.page(5);
         let (batches, lost, totals) = emit(&mut held, |emitter| emitter.read(all.clone()).unwrap());
-        assert_eq!(summary(&batches, &memory), [(0, 1, Some(1)), (2, 1, None), (3, 1, Some(2))]);
+        assert_eq!(
+            summary(&batches, &memory),
+            [(0, 1, Some(1)), (2, 1, None), (3, 1, Some(2))]
+        );
         assert!(lost.is_empty());
         assert_eq!((totals.data_pages, totals.zero_pages), (2, 1));
         // Now the destination knows, and needs to hear only about what changed.
@@ -463,7 +506,10 @@ mod tests {
         });
         assert_eq!(totals.data_pages, 600);
         assert!(lost.is_empty());
-        let pages: u32 = summary(&batches, &memory).iter().map(|(_, pages, _)| pages).sum();
+        let pages: u32 = summary(&batches, &memory)
+            .iter()
+            .map(|(_, pages, _)| pages)
+            .sum();
         assert_eq!(pages, 600);
     }
 
@@ -473,7 +519,9 @@ mod tests {
         let mut held = HeldPages::default();
         let (batches, _, totals) = emit(&mut held, |emitter| {
             for page in (0..1000).step_by(2) {
-                emitter.read(memory.page(page)..memory.page(page + 1)).unwrap();
+                emitter
+                    .read(memory.page(page)..memory.page(page + 1))
+                    .unwrap();
             }
         });
         assert_eq!(totals.data_pages, 500);
@@ -488,8 +536,9 @@ mod tests {
         for page in (0..EXTENT_BYTES / PAGE).step_by(2) {
             held.hold(base + page * PAGE..base + (page + 1) * PAGE);
         }
-        let (batches, _, totals) =
-            emit(&mut held, |emitter| emitter.void(base..base + EXTENT_BYTES).unwrap());
+        let (batches, _, totals) = emit(&mut held, |emitter| {
+            emitter.void(base..base + EXTENT_BYTES).unwrap()
+        });
         assert_eq!(totals.zero_pages, 8192);
         assert!(batches.len() >= 2);
     }
@@ -503,9 +552,16 @@ mod tests {
         drop(pieces.remove(1));
         let mut held = HeldPages::default();
         let (batches, lost, totals) = emit(&mut held, |emitter| emitter.read(all).unwrap());
-        assert_eq!(lost, [gone.start..gone.start + PAGE, gone.start + PAGE..gone.end]);
+        assert_eq!(
+            lost,
+            [gone.start..gone.start + PAGE, gone.start + PAGE..gone.end]
+        );
         assert_eq!(totals.data_pages, 6);
-        let addresses: Vec<u64> = batches[0].records.iter().map(|record| record.addr).collect();
+        let addresses: Vec<u64> = batches[0]
+            .records
+            .iter()
+            .map(|record| record.addr)
+            .collect();
         assert_eq!(addresses, [base, gone.end]);
     }
 
@@ -514,6 +570,11 @@ mod tests {
         let mut held = HeldPages::default();
         // Nothing is ever mapped at the very bottom of the address space.
         let (_, lost, _) = emit(&mut held, |emitter| emitter.read(0..16 * PAGE).unwrap());
-        assert_eq!(lost.iter().map(|range| range.end - range.start).sum::<u64>(), 16 * PAGE);
+        assert_eq!(
+            lost.iter()
+                .map(|range| range.end - range.start)
+                .sum::<u64>(),
+            16 * PAGE
+        );
     }
 }

@@ -38,7 +38,10 @@ impl HeldPages {
             let page = |addr: u64| ((addr - start) / PAGE) as usize;
             let mut from = page(range.start.max(start));
             let end = page(range.end.min(start + TABLE_BYTES));
-            while let Some(run) = bits.next_run(from, WINDOW_PAGES).filter(|run| run.start < end) {
+            while let Some(run) = bits
+                .next_run(from, WINDOW_PAGES)
+                .filter(|run| run.start < end)
+            {
                 from = run.end.min(end);
                 let run = start + run.start as u64 * PAGE..start + from as u64 * PAGE;
                 match runs.last_mut() {
@@ -65,6 +68,21 @@ impl HeldPages {
         }
         runs
     }
+
+    /// The parts of `range` covered by one page table each of which the destination holds anything, ascending.
+    pub(crate) fn tables_in(&self, range: &Range<u64>) -> Vec<Range<u64>> {
+        if range.is_empty() {
+            return Vec::new();
+        }
+        let last = (range.end - 1) / TABLE_BYTES;
+        self.tables
+            .range(range.start / TABLE_BYTES..=last)
+            .map(|(table, _)| {
+                let start = table * TABLE_BYTES;
+                start.max(range.start)..(start + TABLE_BYTES).min(range.end)
+            })
+            .collect()
+    }
 }
 
 /// The tables that a range of whole pages touches, each with the pages in it.
@@ -77,6 +95,10 @@ fn tables(range: Range<u64>) -> impl Iterator<Item = (u64, Range<usize>)> {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::single_range_in_vec_init,
+    reason = "lists of ranges, some of one"
+)]
 mod tests {
     use super::*;
 
@@ -95,7 +117,10 @@ mod tests {
         assert_eq!(held.runs(at(510)..at(515)), vec![at(510)..at(515)]);
         assert_eq!(held.void(at(510)..at(515)), vec![at(510)..at(515)]);
         assert_eq!(held.runs(at(510)..at(515)), Vec::<Range<u64>>::new());
-        assert_eq!(held.void(at(0)..at(2000)), [at(500)..at(510), at(515)..at(520), at(600)..at(601)]);
+        assert_eq!(
+            held.void(at(0)..at(2000)),
+            [at(500)..at(510), at(515)..at(520), at(600)..at(601)]
+        );
         assert_eq!(held.void(at(0)..at(2000)), Vec::<Range<u64>>::new());
         assert!(held.tables.is_empty());
     }
@@ -105,6 +130,24 @@ mod tests {
         let mut held = HeldPages::default();
         held.hold(at(100)..at(1500));
         assert_eq!(held.void(at(200)..at(1400)), vec![at(200)..at(1400)]);
-        assert_eq!(held.void(at(0)..at(2048)), [at(100)..at(200), at(1400)..at(1500)]);
+        assert_eq!(
+            held.void(at(0)..at(2048)),
+            [at(100)..at(200), at(1400)..at(1500)]
+        );
+    }
+
+    #[test]
+    fn tables_are_cut_to_the_range() {
+        let mut held = HeldPages::default();
+        held.hold(at(3)..at(4));
+        held.hold(at(1024)..at(1025));
+        assert_eq!(
+            held.tables_in(&(at(1)..at(1030))),
+            [at(1)..at(512), at(1024)..at(1030)]
+        );
+        assert_eq!(
+            held.tables_in(&(at(512)..at(1024))),
+            Vec::<Range<u64>>::new()
+        );
     }
 }

@@ -9,14 +9,14 @@ use sys::inject::InjectError;
 use sys::pagemap::Pagemap;
 use sys::uffd::Userfaultfd;
 
+use super::emit::{BufferPool, Emitter, Totals};
+use super::held::HeldPages;
+use super::scan::{Ended, Room, Scanner, Sweep};
 use crate::claims::{self, ProcessClaim};
 use crate::maps::{self, Mapping};
 use crate::process::{is_gone, read_unless_gone, stack_pages};
 use crate::ranges::{RangeSet, pieces};
 use crate::smaps::{LockedMemory, Smaps};
-use super::emit::{BufferPool, Emitter, Totals};
-use super::held::HeldPages;
-use super::scan::{NotTracked, Room, Scanner, Sweep};
 use crate::{BatchSink, EXTENT_BYTES, Process, SpaceId, TrackError};
 
 /// How often a process is asked for a userfaultfd, in as many laps, before it is left untracked.
@@ -94,13 +94,18 @@ impl Space {
     pub(crate) fn rebind(&mut self, process: Process) {
         debug_assert_eq!(self.process.space, process.space, "the space is the name");
         if self.process.pid != process.pid {
-            *self = Self { held: std::mem::take(&mut self.held), ..Self::new(process) };
+            *self = Self {
+                held: std::mem::take(&mut self.held),
+                ..Self::new(process)
+            };
         }
     }
 
     /// One pass while the process runs. Returns how many bytes the engine would own and does not track.
     pub(crate) fn lap(&mut self, pass: &mut Pass<'_>) -> Result<u64, TrackError> {
-        let Some(view) = View::of(self.process.pid)? else { return Ok(0) };
+        let Some(view) = View::of(self.process.pid)? else {
+            return Ok(0);
+        };
         let mut untracked = 0;
         for range in self.ownable(&view)? {
             self.track(&range);
@@ -184,10 +189,9 @@ impl Space {
                     }
                 }
                 for part in unknown {
-                    if let Swept::Lost(lost) =
-                        self.sweep(&view, &part, Sweep::FinalEverything, pass)?
-                    {
-                        self.explain(&view, lost, pass)?;
+                    match self.sweep(&view, &part, Sweep::FinalEverything, pass)? {
+                        Swept::Lost(lost) => self.explain(&view, lost, pass)?,
+                        Swept::NotTracked => unreachable!("a mere look needs no tracking"),
                     }
                 }
             }
@@ -204,9 +208,16 @@ impl Space {
     ) -> Result<(), TrackError> {
         let pid = self.process.pid;
         for page in lost {
-            let mut scanner = Scanner { pid, pagemap: &view.pagemap, room: pass.room };
+            let mut scanner = Scanner {
+                pid,
+                pagemap: &view.pagemap,
+                room: pass.room,
+            };
             if !scanner.is_guard(&page) {
-                return Err(TrackError::Unreadable { pid, addr: page.start });
+                return Err(TrackError::Unreadable {
+                    pid,
+                    addr: page.start,
+                });
             }
             let mut emitter = self.emitter(pass.sink, pass.pool, pass.totals);
             emitter.void(page)?;
@@ -228,11 +239,16 @@ impl Space {
         if sweep.is_final() {
             emitter = emitter.patient();
         }
-        let mut scanner = Scanner { pid, pagemap: &view.pagemap, room: pass.room };
-        match scanner.sweep(part, sweep, &mut emitter)? {
+        let mut scanner = Scanner {
+            pid,
+            pagemap: &view.pagemap,
+            room: pass.room,
+        };
+        match scanner.sweep(part, sweep, &mut emitter) {
             Ok(()) => Ok(Swept::Lost(emitter.finish()?)),
             // What was collected is dropped: all of the part will be sent.
-            Err(NotTracked) => Ok(Swept::NotTracked),
+            Err(Ended::NotTracked) => Ok(Swept::NotTracked),
+            Err(Ended::Failed(error)) => Err(error),
         }
     }
 
@@ -241,7 +257,9 @@ impl Space {
         let mut renewed = false;
         'begin: loop {
             for gap in self.tracking.registered.gaps(range.clone()) {
-                let Some(userfaultfd) = self.userfaultfd() else { return };
+                let Some(userfaultfd) = self.userfaultfd() else {
+                    return;
+                };
                 match userfaultfd.track(gap.clone()) {
                     Ok(()) => self.registered(gap),
                     // After an execve the userfaultfd belongs to an address space that is gone, with all we know.
@@ -250,7 +268,10 @@ impl Space {
                             && !renewed =>
                     {
                         let injections_failed = self.tracking.injections_failed;
-                        self.tracking = Tracking { injections_failed, ..Tracking::default() };
+                        self.tracking = Tracking {
+                            injections_failed,
+                            ..Tracking::default()
+                        };
                         renewed = true;
                         continue 'begin;
                     }
@@ -299,7 +320,10 @@ impl Space {
 
     /// What the engine would own, reading `smaps` if that depends on flags that are not known.
     fn ownable(&mut self, view: &View) -> Result<Vec<Range<u64>>, TrackError> {
-        let known = self.prepared.as_ref().filter(|prepared| prepared.locked == view.locked);
+        let known = self
+            .prepared
+            .as_ref()
+            .filter(|prepared| prepared.locked == view.locked);
         let known = known.map(|prepared| &*prepared.smaps);
         if let Ok(owned) = claims::ownable(&view.mappings, view.locked, known) {
             return Ok(owned);
@@ -314,17 +338,26 @@ impl Space {
     pub(crate) fn prepare_smaps(&mut self) {
         let pid = self.process.pid;
         self.prepared = None;
-        let Ok(Some(before)) = locked_memory(pid) else { return };
-        let Ok(text) = std::fs::read(format!("/proc/{pid}/smaps")) else { return };
+        let Ok(Some(before)) = locked_memory(pid) else {
+            return;
+        };
+        let Ok(text) = std::fs::read(format!("/proc/{pid}/smaps")) else {
+            return;
+        };
         if let Some(smaps) = Smaps::parse(text) {
-            self.prepared = Some(Prepared { smaps: Arc::new(smaps), locked: before });
+            self.prepared = Some(Prepared {
+                smaps: Arc::new(smaps),
+                locked: before,
+            });
         }
     }
 
     /// Decides what the engine owns of a frozen process. `None` if it is gone.
     pub(crate) fn claim(&mut self) -> Result<Option<ProcessClaim>, TrackError> {
         let Process { pid, space } = self.process;
-        let Some(view) = View::of(pid)? else { return Ok(None) };
+        let Some(view) = View::of(pid)? else {
+            return Ok(None);
+        };
         let owned = self.ownable(&view)?;
         let mut foreign = Vec::with_capacity(view.mappings.len() - owned.len());
         let mut next = owned.iter().peekable();
@@ -334,22 +367,35 @@ impl Space {
             }
         }
         debug_assert!(next.peek().is_none(), "owned ranges are mappings");
-        let mut stack_pages = stack_pages(pid)
-            .map_err(|source| TrackError::Proc { pid, file: "task/*/syscall", source })?;
+        let mut stack_pages = stack_pages(pid).map_err(|source| TrackError::Proc {
+            pid,
+            file: "task/*/syscall",
+            source,
+        })?;
         stack_pages.retain(|page| owned.iter().any(|range| range.contains(page)));
         let smaps = self
             .prepared
             .as_ref()
             .filter(|prepared| prepared.locked == view.locked)
             .map(|prepared| Arc::clone(&prepared.smaps));
-        Ok(Some(ProcessClaim { pid, space, owned, foreign, stack_pages, maps: view.text, smaps }))
+        Ok(Some(ProcessClaim {
+            pid,
+            space,
+            owned,
+            foreign,
+            stack_pages,
+            maps: view.text,
+            smaps,
+        }))
     }
 
     /// Ends the tracking piece by piece. Closing the userfaultfd would do it in one, holding the address space's lock
     /// for 6-22 ms per GiB.
     pub(crate) fn disarm(&mut self) {
         let tracking = std::mem::take(&mut self.tracking);
-        let Some(userfaultfd) = tracking.userfaultfd else { return };
+        let Some(userfaultfd) = tracking.userfaultfd else {
+            return;
+        };
         for range in tracking.registered.intersection(0..u64::MAX) {
             for piece in pieces(range, EXTENT_BYTES) {
                 // What has been unmapped since is not tracked any more either.
@@ -382,11 +428,18 @@ impl View {
             other => other.map_err(proc("maps"))?,
         };
         let mappings = maps::parse(&text).map_err(|source| TrackError::Maps { pid, source })?;
-        let Some(locked) = locked_memory(pid).map_err(proc("status"))? else { return Ok(None) };
+        let Some(locked) = locked_memory(pid).map_err(proc("status"))? else {
+            return Ok(None);
+        };
         if mappings.is_empty() {
             return Ok(None);
         }
-        Ok(Some(Self { text, mappings, locked, pagemap }))
+        Ok(Some(Self {
+            text,
+            mappings,
+            locked,
+            pagemap,
+        }))
     }
 }
 
@@ -408,6 +461,8 @@ fn open_userfaultfd(pid: i32) -> Result<Userfaultfd, ObtainError> {
     let injected = sys::inject::userfaultfd_of(pid)?;
     tracing::debug!(pid, stopped = ?injected.stopped, "userfaultfd obtained");
     let userfaultfd = Userfaultfd::from_fd(injected.userfaultfd);
-    userfaultfd.handshake_tracking().map_err(ObtainError::Handshake)?;
+    userfaultfd
+        .handshake_tracking()
+        .map_err(ObtainError::Handshake)?;
     Ok(userfaultfd)
 }

@@ -20,6 +20,8 @@ pub(crate) const SPACE: SpaceId = SpaceId(17);
 pub(crate) const START: u64 = 0x10_0000_0000 + 5 * PAGE;
 /// How much there is of it.
 pub(crate) const PAGES: u64 = 16 * 1024 + 100;
+/// The pages that are hot where that matters.
+pub(crate) const HOT: [std::ops::Range<u64>; 2] = [1000..1500, PAGES - 10..PAGES];
 /// Roles other than a test, by this variable.
 pub(crate) const ROLE: &str = "STERNA_TEST_ROLE";
 /// The work directory of the lazy server.

@@ -48,12 +48,19 @@ pub(crate) fn outlive_the_server(keep: bool) -> Option<Option<ExitStatus>> {
     let mut guards = Vec::new();
     // The server sends one guard and then closes by dying; a process that may not use userfaultfd never connects.
     keeper
-        .set_read_timeout(Some(Duration::from_millis(500)))
+        .set_read_timeout(Some(Duration::from_millis(100)))
         .unwrap();
-    while let Ok((1.., fds)) = recv_with_fds(&keeper, &mut [0]) {
-        guards.extend(fds.into_iter().filter(|_| keep));
+    loop {
+        match recv_with_fds(&keeper, &mut [0]) {
+            Ok((0, _)) => break,
+            Ok((_, fds)) => guards.extend(fds.into_iter().filter(|_| keep)),
+            Err(_) if process.try_wait().unwrap().is_some() => break,
+            Err(_) => {}
+        }
     }
-    let deadline = Instant::now() + Duration::from_millis(500);
+    // Long enough to be sure that it waits, or for a slow machine to let it go wrong.
+    let patience = Duration::from_millis(if keep { 500 } else { 30_000 });
+    let deadline = Instant::now() + patience;
     let mut ended = None;
     while ended.is_none() && Instant::now() < deadline {
         ended = process.try_wait().unwrap();

@@ -16,7 +16,7 @@ use sys::uffd::{
     FEATURE_EVENT_FORK, FEATURE_EVENT_REMAP, FEATURE_EVENT_REMOVE, FEATURE_EVENT_UNMAP, Userfaultfd,
 };
 
-use crate::fixture::{PAGE, PAGES, SKIPPED, SPACE, START, is_staged, word};
+use crate::fixture::{HOT, PAGE, PAGES, SKIPPED, SPACE, START, is_staged, word};
 
 /// What a page has to read as.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -47,15 +47,26 @@ pub(crate) fn run(role: &str, work_dir: &Path) {
             }
             restorer.finish().check_all();
         }
-        "registers late" => {
+        "waits for hot pages" => {
             std::thread::sleep(Duration::from_millis(30));
-            restorer.register();
-            std::thread::sleep(Duration::from_millis(100));
+            let memory = restorer.register();
+            HOT.into_iter().for_each(|hot| memory.wait_for(hot));
+            if memory.is_resident(0) || memory.is_resident(PAGES / 2) {
+                eprintln!("a page is there that was not to be placed yet");
+                exit(1);
+            }
             restorer.finish().check_all();
         }
-        "dies before it is restored" => {
-            restorer.register().check(START);
+        "waits for all" => {
+            restorer.register().wait_for(0..PAGES);
+            restorer.finish().check_all();
         }
+        "has a page already" => {
+            restorer.premapped.as_ref().unwrap().write(5000 * PAGE, 1);
+            drop(restorer.finish());
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        "dies before it is restored" => restorer.register().check(START),
         "maps in two" => restorer.finish_in_two().check_all(),
         "exits at once" => drop(restorer.finish()),
         "discards" => churn(restorer.finish(), 2000, |memory, _| memory.discard()),
@@ -212,6 +223,21 @@ impl Memory {
                 };
                 eprintln!("{addr:#x} word {index} is {kind} where {expected:?} was expected");
                 exit(1);
+            }
+        }
+    }
+
+    fn is_resident(&self, page: u64) -> bool {
+        let addr = START + page * PAGE;
+        let region = self.region_of(addr);
+        region.is_resident(addr - region.range().start).unwrap()
+    }
+
+    /// Waits until pages are there without touching them.
+    fn wait_for(&self, pages: Range<u64>) {
+        for page in pages.filter(|page| is_staged(*page)) {
+            while !self.is_resident(page) {
+                std::thread::sleep(Duration::from_millis(1));
             }
         }
     }

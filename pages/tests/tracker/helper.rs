@@ -27,9 +27,11 @@ impl Helper {
         let helper = Self(child);
         // Until it has become the program, its memory is a copy of ours.
         let begin = Instant::now();
-        while !std::fs::read(format!("/proc/{}/environ", helper.pid()))
-            .is_ok_and(|environment| environment.windows(ROLE.len()).any(|w| w == ROLE.as_bytes()))
-        {
+        while !std::fs::read(format!("/proc/{}/environ", helper.pid())).is_ok_and(|environment| {
+            environment
+                .windows(ROLE.len())
+                .any(|w| w == ROLE.as_bytes())
+        }) {
             assert!(begin.elapsed() < Duration::from_secs(10));
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -37,7 +39,13 @@ impl Helper {
     }
 
     pub(crate) fn churn(churn: Churn) -> Self {
-        let Churn { seed, forks, guards, threads, pause } = churn;
+        let Churn {
+            seed,
+            forks,
+            guards,
+            threads,
+            pause,
+        } = churn;
         let pause = pause.as_micros();
         Self::start(&format!("churn {seed} {forks} {guards} {threads} {pause}"))
     }
@@ -61,7 +69,9 @@ impl Helper {
             .collect();
         all.sort_unstable();
         for pid in all {
-            let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+            let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else {
+                continue;
+            };
             let mut fields = stat.rsplit_once(") ").unwrap().1.split(' ');
             let state = fields.next().unwrap();
             let parent: i32 = fields.next().unwrap().parse().unwrap();
@@ -72,7 +82,10 @@ impl Helper {
                 }
             }
         }
-        let process = |pid| Process { pid, space: SpaceId(u32::try_from(pid).unwrap()) };
+        let process = |pid| Process {
+            pid,
+            space: SpaceId(u32::try_from(pid).unwrap()),
+        };
         living.into_iter().map(process).collect()
     }
 
@@ -106,15 +119,22 @@ pub(crate) fn wait_until_stopped(pid: i32) {
     let stopped = |tid: &str| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat"));
         let state = |stat: String| stat.rsplit_once(") ").map(|(_, rest)| rest.as_bytes()[0]);
-        stat.ok().and_then(state).is_none_or(|state| matches!(state, b'T' | b'Z' | b'X'))
+        stat.ok()
+            .and_then(state)
+            .is_none_or(|state| matches!(state, b'T' | b'Z' | b'X'))
     };
     loop {
-        let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return };
+        let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+            return;
+        };
         let mut tasks = tasks.filter_map(|task| task.ok()?.file_name().into_string().ok());
         if tasks.all(|tid| stopped(&tid)) {
             return;
         }
-        assert!(begin.elapsed() < Duration::from_secs(10), "process {pid} does not stop");
+        assert!(
+            begin.elapsed() < Duration::from_secs(10),
+            "process {pid} does not stop"
+        );
         std::thread::sleep(Duration::from_micros(200));
     }
 }

@@ -1,6 +1,9 @@
 //! The tracker against processes that change their memory in every way there is: what the destination would hold in the
 //! end must be what the processes hold.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod bench;
 mod helper;
 mod model;
 mod obedient;
@@ -19,7 +22,9 @@ static NEVER: AtomicBool = AtomicBool::new(false);
 /// Not a test: what this program does when a test has started it again.
 #[test]
 fn another_role() {
-    let Ok(role) = std::env::var(ROLE) else { return };
+    let Ok(role) = std::env::var(ROLE) else {
+        return;
+    };
     let mut words = role.split(' ');
     match words.next() {
         Some("churn") => {
@@ -54,15 +59,25 @@ fn rounds() -> u32 {
     std::env::var("STERNA_CHURN_ROUNDS").map_or(4, |rounds| rounds.parse().unwrap())
 }
 
+/// For long runs: other sequences of changes.
+fn seed_offset() -> u64 {
+    std::env::var("STERNA_CHURN_SEED").map_or(0, |seed| seed.parse().unwrap())
+}
+
 /// Laps while the processes run, a freeze, a comparison, and on with the same tracker.
-fn migrate_again_and_again(churn: Churn, mut tracker: Tracker) {
+fn migrate_again_and_again(mut churn: Churn, mut tracker: Tracker) {
+    churn.seed += seed_offset();
     let mut helper = Helper::churn(churn);
     let mut model = Model::default();
     let mut total = LapReport::default();
     for round in 0..rounds() {
         for lap in 0..3 {
-            std::thread::sleep(Duration::from_millis(u64::from(5 + 20 * ((round + lap) % 3))));
-            let report = tracker.lap(&helper.processes(), &mut model, &NEVER).unwrap();
+            std::thread::sleep(Duration::from_millis(u64::from(
+                5 + 20 * ((round + lap) % 3),
+            )));
+            let report = tracker
+                .lap(&helper.processes(), &mut model, &NEVER)
+                .unwrap();
             total.pages += report.pages;
             total.zero_pages += report.zero_pages;
         }
@@ -78,9 +93,15 @@ fn migrate_again_and_again(churn: Churn, mut tracker: Tracker) {
             for range in ranges {
                 claimed += range.end - range.start;
                 if let Err(difference) = model.verify(process.pid, space.0, range) {
-                    panic!("round {round} of {churn:?}, process {}: {difference}", process.pid);
+                    panic!(
+                        "round {round} of {churn:?}, process {}: {difference}",
+                        process.pid
+                    );
                 }
             }
+            // Threads have their stacks in ordinary memory.
+            let on_owned_stacks = claims.stack_pages(process.pid).len();
+            assert!(on_owned_stacks >= churn.threads as usize || process.pid != helper.pid());
             let smaps = claims.smaps(process.pid).map(|text| headers(&text));
             let real = std::fs::read(format!("/proc/{}/smaps", process.pid)).unwrap();
             assert!(smaps.is_none_or(|smaps| smaps == headers(&real)));
@@ -129,7 +150,14 @@ fn what_a_process_writes_and_drops_arrives() {
     if can_track() {
         for (seed, pause_us) in [(1, 0), (2, 100), (3, 500), (4, 2000)] {
             let pause = Duration::from_micros(pause_us);
-            migrate_again_and_again(Churn { seed, pause, ..PLAIN }, Tracker::new());
+            migrate_again_and_again(
+                Churn {
+                    seed,
+                    pause,
+                    ..PLAIN
+                },
+                Tracker::new(),
+            );
         }
     }
 }
@@ -137,7 +165,12 @@ fn what_a_process_writes_and_drops_arrives() {
 #[test]
 fn several_threads_and_guard_pages_are_followed() {
     if can_track() {
-        let churn = Churn { seed: 11, guards: true, threads: 2, ..PLAIN };
+        let churn = Churn {
+            seed: 11,
+            guards: true,
+            threads: 2,
+            ..PLAIN
+        };
         migrate_again_and_again(churn, Tracker::new());
     }
 }
@@ -145,6 +178,13 @@ fn several_threads_and_guard_pages_are_followed() {
 #[test]
 fn forked_children_are_followed() {
     if can_track() {
-        migrate_again_and_again(Churn { seed: 21, forks: true, ..PLAIN }, Tracker::new());
+        migrate_again_and_again(
+            Churn {
+                seed: 21,
+                forks: true,
+                ..PLAIN
+            },
+            Tracker::new(),
+        );
     }
 }

@@ -27,11 +27,17 @@ impl BatchSink for Model {
                     Some(bytes) => {
                         let start = (page * PAGE) as usize;
                         let content = bytes[start..start + PAGE_BYTES].to_vec();
-                        assert!(content.iter().any(|byte| *byte != 0), "zero page sent as data");
+                        assert!(
+                            content.iter().any(|byte| *byte != 0),
+                            "zero page sent as data"
+                        );
                         self.pages.insert(key, content);
                     }
                     None => {
-                        assert!(self.pages.remove(&key).is_some(), "page voided that is not held");
+                        assert!(
+                            self.pages.remove(&key).is_some(),
+                            "page voided that is not held"
+                        );
                     }
                 }
             }
@@ -53,15 +59,24 @@ impl Model {
         // Too large to be read: what is not there must not be held, what is there is compared.
         let pagemap = Pagemap::open(pid).unwrap();
         let mut regions = Vec::with_capacity(1 << 20);
-        let stopped = pagemap.scan(range.clone(), Selection::POPULATED, Effect::Look, &mut regions);
+        let stopped = pagemap.scan(
+            range.clone(),
+            Selection::POPULATED,
+            Effect::Look,
+            &mut regions,
+        );
         assert_eq!(stopped.unwrap(), range.end);
         for (held_space, page) in self.pages.keys() {
             let there = || regions.iter().any(|region| region.range().contains(page));
             if *held_space == space && range.contains(page) && !there() {
-                return Err(format!("page {page:#x} of {range:x?} is held and not there"));
+                return Err(format!(
+                    "page {page:#x} of {range:x?} is held and not there"
+                ));
             }
         }
-        regions.iter().try_for_each(|region| self.verify_pages(pid, space, &region.range()))
+        regions
+            .iter()
+            .try_for_each(|region| self.verify_pages(pid, space, &region.range()))
     }
 
     fn verify_pages(&self, pid: i32, space: u32, range: &Range<u64>) -> Result<(), String> {
@@ -69,7 +84,8 @@ impl Model {
         for page in (range.start..range.end).step_by(PAGE_BYTES) {
             let held = self.pages.get(&(space, page));
             let mut real = Vec::with_capacity(PAGE_BYTES);
-            let read = sys::memory::read_appending(pid, &[page..page + PAGE], &mut real);
+            let whole = page..page + PAGE;
+            let read = sys::memory::read_appending(pid, std::slice::from_ref(&whole), &mut real);
             match (read, held) {
                 (Ok(PAGE_BYTES), held) => {
                     let expected = held.unwrap_or(&zeros);

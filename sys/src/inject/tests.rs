@@ -38,16 +38,22 @@ impl Helper {
     fn wait_for_state(&self, state: char) {
         let begin = Instant::now();
         while !self.status("State:").starts_with(state) {
-            assert!(begin.elapsed() < Duration::from_secs(10), "state {}", self.status("State:"));
+            assert!(
+                begin.elapsed() < Duration::from_secs(10),
+                "state {}",
+                self.status("State:")
+            );
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 
     fn holds_userfaultfd(&self) -> bool {
-        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().any(|entry| {
-            std::fs::read_link(entry.unwrap().path())
-                .is_ok_and(|target| target.to_string_lossy().contains("userfaultfd"))
-        })
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid()))
+            .unwrap()
+            .any(|entry| {
+                std::fs::read_link(entry.unwrap().path())
+                    .is_ok_and(|target| target.to_string_lossy().contains("userfaultfd"))
+            })
     }
 }
 
@@ -88,14 +94,23 @@ fn a_sleeping_process_sleeps_on_for_the_time_that_was_left() {
     let mut helper = Helper(Command::new("/bin/sleep").arg("0.6").spawn().unwrap());
     helper.wait_for_state('S');
     std::thread::sleep(Duration::from_millis(200));
-    let Some(injected) = inject(&helper) else { return };
-    assert!(injected.stopped < Duration::from_millis(100), "{:?}", injected.stopped);
+    let Some(injected) = inject(&helper) else {
+        return;
+    };
+    assert!(
+        injected.stopped < Duration::from_millis(100),
+        "{:?}",
+        injected.stopped
+    );
     assert!(!helper.holds_userfaultfd());
     assert_eq!(helper.status("TracerPid:"), "0");
     assert!(helper.0.wait().unwrap().success());
     let slept = begin.elapsed();
     assert!(slept > Duration::from_millis(590), "woken early: {slept:?}");
-    assert!(slept < Duration::from_millis(790), "the time started anew: {slept:?}");
+    assert!(
+        slept < Duration::from_millis(790),
+        "the time started anew: {slept:?}"
+    );
 }
 
 #[test]
@@ -183,7 +198,9 @@ fn a_stop_signal_during_the_injection_takes_effect() {
 fn the_descriptor_tracks_the_other_process() {
     let (helper, _output) = Helper::shell("exec cat");
     helper.wait_for_state('S');
-    let Some(injected) = inject(&helper) else { return };
+    let Some(injected) = inject(&helper) else {
+        return;
+    };
     let uffd = Userfaultfd::from_fd(injected.userfaultfd);
     if let Err(error) = uffd.handshake_tracking() {
         println!("skipped: this kernel does not track writes: {error}");
@@ -198,12 +215,18 @@ fn the_descriptor_tracks_the_other_process() {
     let pagemap = Pagemap::open(helper.pid()).unwrap();
     let mut regions = Vec::with_capacity(64);
     let mut scan = |selection| {
-        pagemap.scan(range.clone(), selection, Effect::Protect, &mut regions).unwrap();
+        pagemap
+            .scan(range.clone(), selection, Effect::Protect, &mut regions)
+            .unwrap();
         regions.len()
     };
     assert!(scan(Selection::POPULATED) > 0);
     scan(Selection::WRITTEN);
-    assert_eq!(scan(Selection::WRITTEN), 0, "a process that sleeps has written");
+    assert_eq!(
+        scan(Selection::WRITTEN),
+        0,
+        "a process that sleeps has written"
+    );
 }
 
 #[test]
@@ -234,14 +257,21 @@ fn a_thread_that_is_dropped_in_the_middle_gets_everything_back() {
     let (mut helper, mut output) = Helper::shell("exec cat");
     helper.wait_for_state('S');
     let pid = helper.pid();
-    let Ok(instruction) = syscall_instruction(pid) else { panic!("no instruction") };
+    let Ok(instruction) = syscall_instruction(pid) else {
+        panic!("no instruction")
+    };
     let Ok(mut thread) = tracee::Stopped::seize(pid, pid, STOP_TIMEOUT) else {
         println!("skipped: not permitted here");
         return;
     };
-    let own_pid = thread.call(instruction, libc::SYS_getpid, [0; 3]).unwrap().unwrap();
+    let own_pid = thread
+        .call(instruction, libc::SYS_getpid, [0; 3])
+        .unwrap()
+        .unwrap();
     assert_eq!(i32::try_from(own_pid).unwrap(), pid);
-    let bad = thread.call(instruction, libc::SYS_close, [u64::MAX, 0, 0]).unwrap();
+    let bad = thread
+        .call(instruction, libc::SYS_close, [u64::MAX, 0, 0])
+        .unwrap();
     assert_eq!(bad.unwrap_err().raw_os_error(), Some(libc::EBADF));
     drop(thread);
     writeln!(helper.0.stdin.as_mut().unwrap(), "on").unwrap();
@@ -259,6 +289,9 @@ ffffffffff600000-ffffffffff601000 r-xp 00000000 00:00 0 [vsyscall]
 ";
     assert_eq!(
         executable_mappings(maps),
-        [0x7ffd_0a1f_2000..0x7ffd_0a1f_4000, 0x55d0_c7e0_0000..0x55d0_c7e0_1000]
+        [
+            0x7ffd_0a1f_2000..0x7ffd_0a1f_4000,
+            0x55d0_c7e0_0000..0x55d0_c7e0_1000
+        ]
     );
 }

@@ -77,7 +77,14 @@ impl Stopped {
                 SIGMASK_BYTES,
                 signal_mask.as_mut_ptr() as usize,
             )?;
-            let thread = Self { pid, tid, registers, signal_mask, stopped_at, released: false };
+            let thread = Self {
+                pid,
+                tid,
+                registers,
+                signal_mask,
+                stopped_at,
+                released: false,
+            };
             set_signal_mask(tid, [0xff; SIGMASK_BYTES])?;
             return Ok(thread);
         }
@@ -158,7 +165,13 @@ impl Drop for Stopped {
 fn seize(pid: i32, tid: i32) -> Result<(), InjectError> {
     let options = libc::PTRACE_O_TRACESYSGOOD;
     let with_seccomp_off = options | libc::PTRACE_O_SUSPEND_SECCOMP;
-    match request(tid, "seize", libc::PTRACE_SEIZE, 0, with_seccomp_off as usize) {
+    match request(
+        tid,
+        "seize",
+        libc::PTRACE_SEIZE,
+        0,
+        with_seccomp_off as usize,
+    ) {
         Ok(()) => return Ok(()),
         Err(error) => match errno_of(&error) {
             Some(libc::ESRCH) => return Err(InjectError::Gone { pid }),
@@ -188,7 +201,9 @@ fn errno_of(error: &InjectError) -> Option<i32> {
 
 fn status_field(tid: i32, name: &str) -> Option<i32> {
     let status = std::fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
-    status.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
 }
 
 /// Waits until the thread is in an interrupt stop, letting signals that come first take their course.
@@ -225,7 +240,13 @@ fn wait(tid: i32, deadline: Option<Instant>) -> Result<Option<Stop>, InjectError
             match source.raw_os_error() {
                 Some(libc::EINTR) => continue,
                 Some(libc::ECHILD) => return Ok(Some(Stop::Ended)),
-                _ => return Err(InjectError::Ptrace { request: "wait", tid, source }),
+                _ => {
+                    return Err(InjectError::Ptrace {
+                        request: "wait",
+                        tid,
+                        source,
+                    });
+                }
             }
         }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
@@ -273,7 +294,14 @@ fn in_restartable_sequence(tid: i32, instruction_pointer: u64) -> bool {
     let pointer = &raw mut configuration;
     let size = size_of::<Configuration>();
     // A kernel without the request (before 5.13) leaves the sequence unknown; CRIU has the same gap there.
-    if request(tid, "rseq", PTRACE_GET_RSEQ_CONFIGURATION, size, pointer as usize).is_err()
+    if request(
+        tid,
+        "rseq",
+        PTRACE_GET_RSEQ_CONFIGURATION,
+        size,
+        pointer as usize,
+    )
+    .is_err()
         || configuration.abi_pointer == 0
     {
         return false;
@@ -308,7 +336,13 @@ fn registers_of(tid: i32) -> Result<arch::Registers, InjectError> {
         iov_len: size_of::<arch::Registers>(),
     };
     let pointer = &raw mut vector;
-    request(tid, "getregset", libc::PTRACE_GETREGSET, NT_PRSTATUS, pointer as usize)?;
+    request(
+        tid,
+        "getregset",
+        libc::PTRACE_GETREGSET,
+        NT_PRSTATUS,
+        pointer as usize,
+    )?;
     if vector.iov_len != size_of::<arch::Registers>() {
         return Err(InjectError::ForeignAbi { tid });
     }
@@ -322,11 +356,23 @@ fn set_registers(tid: i32, registers: &arch::Registers) -> Result<(), InjectErro
         iov_len: size_of::<arch::Registers>(),
     };
     let pointer = &raw const vector;
-    request(tid, "setregset", libc::PTRACE_SETREGSET, NT_PRSTATUS, pointer as usize)
+    request(
+        tid,
+        "setregset",
+        libc::PTRACE_SETREGSET,
+        NT_PRSTATUS,
+        pointer as usize,
+    )
 }
 
 fn set_signal_mask(tid: i32, mask: [u8; SIGMASK_BYTES]) -> Result<(), InjectError> {
-    request(tid, "setsigmask", PTRACE_SETSIGMASK, SIGMASK_BYTES, mask.as_ptr() as usize)
+    request(
+        tid,
+        "setsigmask",
+        PTRACE_SETSIGMASK,
+        SIGMASK_BYTES,
+        mask.as_ptr() as usize,
+    )
 }
 
 /// One ptrace request whose result is only success or failure.
@@ -345,7 +391,11 @@ fn request(
     let result = unsafe { libc::ptrace(request, tid, addr, data) };
     if result < 0 {
         let source = io::Error::last_os_error();
-        return Err(InjectError::Ptrace { request: name, tid, source });
+        return Err(InjectError::Ptrace {
+            request: name,
+            tid,
+            source,
+        });
     }
     Ok(())
 }

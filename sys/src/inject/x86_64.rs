@@ -16,7 +16,8 @@ const SYSCALL: [u8; 2] = [0x0f, 0x05];
 
 /// Offset of a system call instruction in code. Instructions are not aligned here, so any occurrence will do.
 pub(super) fn find_syscall_instruction(code: &[u8]) -> Option<usize> {
-    code.windows(SYSCALL.len()).position(|bytes| bytes == SYSCALL)
+    code.windows(SYSCALL.len())
+        .position(|bytes| bytes == SYSCALL)
 }
 
 /// Whether the thread runs code that our system call numbers are for.

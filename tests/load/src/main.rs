@@ -11,11 +11,13 @@ mod dataset;
 mod gap;
 mod probe;
 mod rate;
+mod report;
 mod run;
 mod verify;
 mod writer;
 
-use anyhow::Result;
+use std::process::ExitCode;
+
 use clap::Parser;
 
 /// Fill a Valkey, write to it, probe it, and check that nothing was lost.
@@ -26,10 +28,20 @@ enum Command {
         after_help = "Example: sterna-load run --address 10.77.0.50:6379 --memory 1G --write-rate 20000/s"
     )]
     Run(run::Options),
+    /// Print a table and one JSON object of what was collected.
+    Report(report::Options),
 }
 
-fn main() -> Result<()> {
-    match Command::parse() {
+fn main() -> ExitCode {
+    let done = match Command::parse() {
         Command::Run(options) => run::run(&options),
+        Command::Report(options) => report::run(&options),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("sterna-load: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }

@@ -1,0 +1,184 @@
+//! What copies: the tracker of memory with its page streams, and the writable
+//! layer. Everything here blocks somewhere; the copier is its door.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use pages::{Claims, LapReport, Process, Tracker};
+use proto::migration as pb;
+
+use crate::files::TreeSender;
+use crate::send_error::SendError;
+use crate::streams::PageStreams;
+
+/// The tracker and the streams it writes to; busy on one thread at a time.
+#[derive(Debug)]
+struct Memory {
+    tracker: Tracker,
+    streams: PageStreams,
+}
+
+/// Copies a container's memory and files, in passes.
+#[derive(Debug)]
+pub(super) struct Copier {
+    memory: Arc<Mutex<Memory>>,
+    /// The writable layer, where the container has one.
+    layer: Option<Arc<Mutex<TreeSender>>>,
+    /// Tells a lap to end early.
+    stop: Arc<AtomicBool>,
+}
+
+impl Copier {
+    /// `tracked`: whether this kernel can track writes.
+    pub(super) fn new(tracked: bool, streams: PageStreams, layer: Option<TreeSender>) -> Self {
+        let tracker = if tracked {
+            Tracker::new()
+        } else {
+            Tracker::untracked()
+        };
+        Self {
+            memory: Arc::new(Mutex::new(Memory { tracker, streams })),
+            layer: layer.map(|layer| Arc::new(Mutex::new(layer))),
+            stop: Arc::default(),
+        }
+    }
+
+    /// One pass over memory, until the destination has acknowledged it: that is
+    /// how fast the link is.
+    pub(super) async fn lap(&self, processes: Vec<Process>) -> Result<LapReport, SendError> {
+        let stop = Arc::clone(&self.stop);
+        let begun = Instant::now();
+        let (mut report, sent) = self
+            .with_memory(move |memory| {
+                let lap = memory.tracker.lap(&processes, &mut memory.streams, &stop);
+                Ok((lap.map_err(SendError::Track)?, memory.streams.sent()))
+            })
+            .await?;
+        sent.arrived().await?;
+        report.duration = begun.elapsed();
+        Ok(report)
+    }
+
+    /// Reads what CRIU will want to know of mappings; while the container runs.
+    pub(super) async fn prepare_smaps(&self) -> Result<(), SendError> {
+        self.with_memory(|memory| {
+            memory.tracker.prepare_smaps();
+            Ok(())
+        })
+        .await
+    }
+
+    /// What the page engine owns, now that the container stands still.
+    pub(super) async fn claim(&self, processes: Vec<Process>) -> Result<Arc<Claims>, SendError> {
+        self.with_memory(move |memory| {
+            memory
+                .tracker
+                .claim(&processes)
+                .map(Arc::new)
+                .map_err(SendError::Track)
+        })
+        .await
+    }
+
+    /// The last pass over memory, in the freeze.
+    pub(super) async fn final_lap(&self, claims: Arc<Claims>) -> Result<LapReport, SendError> {
+        self.with_memory(move |memory| {
+            memory
+                .tracker
+                .final_lap(&claims, &mut memory.streams)
+                .map_err(SendError::Track)
+        })
+        .await
+    }
+
+    /// One pass over the writable layer: everything first, then what changed.
+    /// Returns its content sent so far, in bytes.
+    pub(super) async fn layer_pass(
+        &self,
+        processes: Vec<Process>,
+        strict: bool,
+    ) -> Result<u64, SendError> {
+        let Some(layer) = self.layer.clone() else {
+            return Ok(0);
+        };
+        blocking(move || {
+            let mut layer = layer.lock().map_err(|_| SendError::Worker)?;
+            layer.suspect_mapped_by(&processes);
+            layer.pass(strict)?;
+            layer.flush_later()?;
+            Ok(layer.bytes())
+        })
+        .await
+    }
+
+    /// The account of everything sent, for `Final`.
+    pub(super) async fn account(
+        &self,
+        images: pb::TreeTotal,
+        spaces: Vec<pb::Space>,
+    ) -> Result<pb::Final, SendError> {
+        let streams = self
+            .with_memory(|memory| Ok(memory.streams.totals()))
+            .await?;
+        let mut trees = vec![images];
+        if let Some(layer) = &self.layer {
+            trees.push(layer.lock().map_err(|_| SendError::Worker)?.total());
+        }
+        Ok(pb::Final {
+            streams,
+            spaces,
+            trees,
+        })
+    }
+
+    /// Page content sent so far, in bytes.
+    pub(super) async fn sent_bytes(&self) -> Result<u64, SendError> {
+        self.with_memory(|memory| Ok(memory.streams.bytes())).await
+    }
+
+    /// Ends tracking; waits for a pass that is under way, which ends early.
+    pub(super) async fn disarm(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let Self { memory, .. } = self;
+        let disarmed = blocking(move || {
+            // The lock is free once the pass has ended, and nobody takes it again.
+            drop(memory.lock());
+            if let Some(memory) =
+                Arc::into_inner(memory).and_then(|memory| memory.into_inner().ok())
+            {
+                memory.tracker.disarm();
+            }
+            Ok(())
+        })
+        .await;
+        if disarmed.is_err() {
+            tracing::error!("tracking ended with a panic; its descriptors are closed with it");
+        }
+    }
+
+    async fn with_memory<T: Send + 'static>(
+        &self,
+        operation: impl FnOnce(&mut Memory) -> Result<T, SendError> + Send + 'static,
+    ) -> Result<T, SendError> {
+        let memory = Arc::clone(&self.memory);
+        blocking(move || {
+            let mut memory = memory.lock().map_err(|_| SendError::Worker)?;
+            let result = operation(&mut memory);
+            // A broken stream explains a sink that closed.
+            match memory.streams.failure() {
+                Some(failure) => Err(failure.into()),
+                None => result,
+            }
+        })
+        .await
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, SendError> + Send + 'static,
+) -> Result<T, SendError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(SendError::Worker))
+}

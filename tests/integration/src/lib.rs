@@ -1,0 +1,31 @@
+//! What the tests on real nodes stand on: labs of nodes, containers in them,
+//! clients of those containers, and a look at what was left over.
+//!
+//! A test runs only with `STERNA_INTEGRATION=1`, as root and with the built
+//! programs: `hack/test` sees to all of that. Without it every test says that
+//! it is skipped. See `docs/testing.md`.
+//!
+//! Nothing here asserts how long something takes: deadlines only keep a broken
+//! test from hanging.
+
+mod container;
+mod events;
+mod http;
+mod lab;
+mod leftovers;
+mod load;
+mod migration;
+mod node;
+mod output;
+mod wait;
+
+pub use container::{Container, Running, STERNA, runtime};
+pub use events::Events;
+pub use http::Http;
+pub use lab::{Lab, SharedLab, skip};
+pub use leftovers::Inventory;
+pub use load::{Load, Mark, Verdict};
+pub use migration::{Listed, Migration, Moved, listed, migrate, migrate_with, settled};
+pub use node::{Background, Cgroup, Flavour, Node, SlowLink};
+pub use output::Output;
+pub use wait::{DEADLINE, eventually, eventually_within};
