@@ -17,6 +17,7 @@
 //! ```
 
 mod arrivals;
+mod cgroup;
 mod clock;
 mod config;
 mod containerd;

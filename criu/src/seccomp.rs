@@ -77,6 +77,8 @@ type Chain = Arc<[Filter]>;
 #[derive(Debug, Default, Clone)]
 pub struct SeccompFilters {
     tasks: HashMap<i32, Task>,
+    /// There are tasks without any.
+    some_have_none: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -146,7 +148,7 @@ impl SeccompFilters {
                 continue;
             };
             match status.mode {
-                0 => {}
+                0 => self.some_have_none = true,
                 1 => return Err(SeccompError::Strict { pid: status.group }),
                 _ if self.known(tid, &status).is_some() => {}
                 _ => unread.push((tid, status.group)),
@@ -186,15 +188,19 @@ impl SeccompFilters {
     }
 
     /// Filters can only be added, so that their number tells whether they are
-    /// the same. A thread that was not there has those of the others, if they all
-    /// have the same.
+    /// the same. A thread that was not there has those of its fellows, if they all
+    /// have the same; likewise a process, if all tasks of the container do.
     fn known(&self, tid: i32, status: &Status) -> Option<&Chain> {
         let task = self.tasks.get(&tid);
         let chain = match task.filter(|task| task.group == status.group) {
             Some(task) => &task.chain,
             None => {
-                let in_group = |task: &&Task| task.group == status.group;
-                let mut others = self.tasks.values().filter(in_group);
+                let all = || self.tasks.values();
+                let is_thread = all().any(|task| task.group == status.group);
+                if !is_thread && self.some_have_none {
+                    return None;
+                }
+                let mut others = all().filter(|task| !is_thread || task.group == status.group);
                 let chain = &others.next()?.chain;
                 if others.any(|other| !Arc::ptr_eq(&other.chain, chain)) {
                     return None;
@@ -348,7 +354,18 @@ mod tests {
         filters.add(10, 10, vec![harmless()]).unwrap();
         assert!(filters.known(10, &status(10, 1)).is_some());
         assert!(filters.known(10, &status(10, 2)).is_none());
-        assert!(filters.known(10, &status(99, 1)).is_none());
+    }
+
+    #[test]
+    fn a_new_process_has_the_filters_of_all_others_if_they_agree() {
+        let mut filters = SeccompFilters::default();
+        filters.add(10, 10, vec![harmless()]).unwrap();
+        assert!(filters.known(20, &status(20, 1)).is_some());
+        assert!(filters.known(20, &status(20, 2)).is_none());
+        filters.some_have_none = true;
+        assert!(filters.known(20, &status(20, 1)).is_none());
+        filters.some_have_none = false;
+        filters.add(11, 11, vec![harmless(), harmless()]).unwrap();
         assert!(filters.known(20, &status(20, 1)).is_none());
     }
 

@@ -7,7 +7,10 @@ use std::ops::Range;
 use std::sync::{Arc, mpsc as blocking};
 use std::time::Duration;
 
-use criu::{Action, DumpEvent, DumpRequest, DumpSession, Interceptor, Memory, MemorySlot, Tools};
+use criu::{
+    Action, DumpEvent, DumpRequest, DumpSession, Interceptor, Memory, MemorySlot, SeccompFilters,
+    SeccompSlot, Tools,
+};
 use pages::Claims;
 use tokio::sync::{mpsc, oneshot};
 
@@ -32,14 +35,14 @@ pub(crate) enum DumpFailure {
 pub(crate) struct Dump {
     news: mpsc::UnboundedReceiver<News>,
     orders: blocking::Sender<Order>,
-    memory: Option<MemorySlot>,
+    slots: Option<(MemorySlot, SeccompSlot)>,
     pending: bool,
     finished: bool,
 }
 
 #[derive(Debug)]
 enum News {
-    Ready(MemorySlot),
+    Ready(MemorySlot, SeccompSlot),
     Notify(Action),
     Finished(Result<(), DumpFailure>),
 }
@@ -88,17 +91,18 @@ impl Dump {
         Ok(Self {
             news,
             orders,
-            memory: None,
+            slots: None,
             pending: false,
             finished: false,
         })
     }
 
-    /// Tells the interceptor what the page engine owns; once, while CRIU stands
-    /// at [`Action::PreDump`].
-    pub(crate) fn claim(&mut self, claims: Arc<Claims>) {
-        if let Some(slot) = self.memory.take() {
-            slot.set(Arc::new(Owned(claims)));
+    /// Tells the interceptor what the page engine owns, and what seccomp filters
+    /// the tasks have; once, while CRIU stands at [`Action::PreDump`].
+    pub(crate) fn claim(&mut self, claims: Arc<Claims>, filters: SeccompFilters) {
+        if let Some((memory, seccomp)) = self.slots.take() {
+            memory.set(Arc::new(Owned(claims)));
+            seccomp.set(filters);
         }
     }
 
@@ -106,7 +110,7 @@ impl Dump {
     pub(crate) async fn until(&mut self, action: Action) -> Result<(), DumpFailure> {
         loop {
             match self.news.recv().await {
-                Some(News::Ready(memory)) => self.memory = Some(memory),
+                Some(News::Ready(memory, seccomp)) => self.slots = Some((memory, seccomp)),
                 Some(News::Notify(reached)) => {
                     self.pending = true;
                     if reached == action {
@@ -149,7 +153,7 @@ impl Dump {
         }
         loop {
             match self.news.recv().await {
-                Some(News::Ready(_)) => {}
+                Some(News::Ready(..)) => {}
                 Some(News::Notify(_)) => self.answer(go_on)?,
                 Some(News::Finished(result)) => {
                     self.finished = true;
@@ -172,7 +176,8 @@ fn drive(
     let listener = session.take_listener().ok_or(DumpFailure::Gone)?;
     let interceptor = Interceptor::new(listener);
     // A sender that is gone shows at the first notification.
-    drop(report.send(News::Ready(interceptor.memory())));
+    let (memory, seccomp) = (interceptor.memory(), interceptor.seccomp());
+    drop(report.send(News::Ready(memory, seccomp)));
     std::thread::scope(|scope| {
         let answering = scope.spawn(|| interceptor.run());
         let result = steps(&mut session, request, report, orders);

@@ -17,6 +17,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use criu::SeccompFilters;
 use migrate::Phase;
 use migrate::source::{self, Event, State};
 use nodeapi::{FromEngine, Outcome, RunDir, SendJob, ToEngine};
@@ -143,6 +144,7 @@ struct Sender {
     copier: Option<Copier>,
     session: Option<Session>,
     dump: Option<Dump>,
+    seccomp: SeccompFilters,
     frozen: Option<Frozen>,
     figures: Figures,
 }
@@ -168,6 +170,7 @@ impl Sender {
             copier: None,
             session: None,
             dump: None,
+            seccomp: SeccompFilters::default(),
             frozen: None,
             figures: Figures {
                 tracked,

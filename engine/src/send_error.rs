@@ -51,6 +51,8 @@ pub(crate) enum SendError {
     Track(#[source] pages::TrackError),
     #[error("the pre-copy does not converge: {0}")]
     NoConvergence(String),
+    #[error("the container's seccomp filters do not go with a dump")]
+    Seccomp(#[from] criu::SeccompError),
     #[error("CRIU cannot dump the container")]
     Dump(#[from] DumpFailure),
     #[error("cannot move the container's address")]
@@ -85,6 +87,7 @@ impl SendError {
             | Self::Track(_)
             | Self::NoConvergence(_)
             | Self::Dump(_)
+            | Self::Seccomp(_)
             | Self::Network(_)
             | Self::Worker
             | Self::Lost(_) => "source",
@@ -111,6 +114,7 @@ impl SendError {
             | Self::Files(_)
             | Self::Track(_)
             | Self::Dump(_)
+            | Self::Seccomp(_)
             | Self::Network(_)
             | Self::Worker
             | Self::Lost(_) => Event::LocalFailure,

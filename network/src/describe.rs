@@ -274,6 +274,12 @@ impl Inside {
                 .iter()
                 .filter(|message| message.header.ifindex == interface.index)
                 .filter_map(neighbour)
+                // Those that were met only save time.
+                .scan(0, |met, neighbour| {
+                    *met += usize::from(!neighbour.permanent);
+                    Some((*met <= MAX_MET).then_some(neighbour))
+                })
+                .flatten()
                 .collect(),
             settings: BTreeMap::new(),
         })
@@ -441,8 +447,12 @@ fn plain(address: &RouteAddress) -> Option<IpAddr> {
 
 /// Only those that somebody entered; the others may be wrong on another node and
 /// are found again.
+/// Most neighbours that are carried because the container has met them.
+const MAX_MET: usize = 512;
+
 fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
-    if message.header.state != NeighbourState::Permanent {
+    use NeighbourState::{Delay, Permanent, Probe, Reachable, Stale};
+    if ![Permanent, Reachable, Stale, Delay, Probe].contains(&message.header.state) {
         return None;
     }
     let (mut address, mut mac) = (None, None);
@@ -463,5 +473,6 @@ fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
     Some(Neighbour {
         address: address?,
         mac: mac?,
+        permanent: message.header.state == Permanent,
     })
 }

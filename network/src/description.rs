@@ -27,7 +27,9 @@ pub struct Description {
     pub addresses: Vec<Address>,
     /// Routes of the main table, without those that follow from addresses.
     pub routes: Vec<Route>,
-    /// Neighbours that somebody entered for good.
+    /// Neighbours that somebody entered for good, and those that it has met: a
+    /// kernel that has to ask for one asks before the container is attached, hears
+    /// nothing, and waits a second with every answer to a client.
     pub neighbours: Vec<Neighbour>,
     /// Settings that differ from those of a new namespace: values by their path
     /// below `/proc/sys/net`.
@@ -114,13 +116,15 @@ pub enum RouteKind {
     Prohibit,
 }
 
-/// A neighbour that need not be asked for.
+/// A neighbour that need not be asked for at first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Neighbour {
     /// Its address.
     pub address: IpAddr,
     /// Its hardware address.
     pub mac: [u8; 6],
+    /// Entered for good; otherwise the kernel makes sure of it after a while.
+    pub permanent: bool,
 }
 
 impl Description {

@@ -379,7 +379,11 @@ fn neighbour_message(neighbour: &Neighbour, index: u32) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
     message.header.family = family(neighbour.address);
     message.header.ifindex = index;
-    message.header.state = NeighbourState::Permanent;
+    message.header.state = if neighbour.permanent {
+        NeighbourState::Permanent
+    } else {
+        NeighbourState::Stale
+    };
     message.attributes = vec![
         NeighbourAttribute::Destination(match neighbour.address {
             IpAddr::V4(address) => NeighbourAddress::Inet(address),

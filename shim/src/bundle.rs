@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::movable::{self, Unconfined};
+use crate::movable;
 
 /// A container's OCI specification; edited as JSON, so that what we do not
 /// know about stays in it.
@@ -44,11 +44,7 @@ impl Spec {
 
     /// Adds the rules that keep the container movable.
     pub(crate) fn keep_movable(&mut self) -> Result<()> {
-        // Not where there is no profile: the kernel does not let CRIU dump a
-        // process that is under seccomp (PTRACE_O_SUSPEND_SECCOMP: EPERM) while
-        // CRIU itself is, as it is for our interceptor. Such a container would
-        // lose more than it gained.
-        if movable::keep_movable(&mut self.json, Unconfined::Leave) {
+        if movable::keep_movable(&mut self.json) {
             self.write()?;
         }
         Ok(())

@@ -8,8 +8,8 @@
 //! Both programs otherwise run but never dump. The rules are merged into the
 //! profile that the spec brings; they take rights away and never give any:
 //! what that profile refuses, in whatever way, it still refuses in that way.
-//! A spec without a profile (a privileged or unconfined container) can get one
-//! that allows everything else.
+//! A spec without a profile (a privileged or unconfined container) gets one that
+//! allows everything else.
 
 use serde_json::{Map, Value, json};
 
@@ -24,25 +24,9 @@ const SOCKET: &str = "socket";
 const IPPROTO_MPTCP: u64 = 262;
 const PROTOCOL_ARGUMENT: u64 = 2;
 
-/// What becomes of a spec that brings no profile.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Unconfined {
-    /// It stays without.
-    Leave,
-    /// It gets one with our rules alone.
-    #[cfg_attr(
-        not(test),
-        expect(
-            dead_code,
-            reason = "until CRIU can be watched without a seccomp filter: see Spec::keep_movable"
-        )
-    )]
-    Confine,
-}
-
 /// Changes an OCI spec so that the container stays movable; says whether
 /// anything changed.
-pub(crate) fn keep_movable(spec: &mut Value, unconfined: Unconfined) -> bool {
+pub(crate) fn keep_movable(spec: &mut Value) -> bool {
     let wish = |name: &str| {
         spec.get("annotations")
             .and_then(|annotations| annotations.get(name))
@@ -58,13 +42,7 @@ pub(crate) fn keep_movable(spec: &mut Value, unconfined: Unconfined) -> bool {
     };
     let profile = linux.entry("seccomp").or_insert(Value::Null);
     if profile.is_null() {
-        match unconfined {
-            Unconfined::Leave => {
-                linux.remove("seccomp");
-                return false;
-            }
-            Unconfined::Confine => *profile = allow_everything(),
-        }
+        *profile = allow_everything();
     }
     let Some(profile) = profile.as_object_mut() else {
         return false;
@@ -278,7 +256,7 @@ mod tests {
     #[test]
     fn a_spec_without_a_profile_gets_one_with_two_rules() {
         for mut spec in [json!({"linux": {}}), spec(Value::Null)] {
-            assert!(keep_movable(&mut spec, Unconfined::Confine));
+            assert!(keep_movable(&mut spec));
             assert_eq!(decide(&spec, "io_uring_setup", [0; 3]), errno(libc::ENOSYS));
             assert_eq!(decide(&spec, "socket", MPTCP), errno(libc::EPROTONOSUPPORT));
             assert_eq!(decide(&spec, "socket", TCP), allowed());
@@ -287,18 +265,11 @@ mod tests {
     }
 
     #[test]
-    fn a_spec_without_a_profile_can_be_left_alone() {
-        let mut spec = json!({"linux": {}});
-        assert!(!keep_movable(&mut spec, Unconfined::Leave));
-        assert_eq!(spec, json!({"linux": {}}));
-    }
-
-    #[test]
     fn a_second_time_changes_nothing() {
         let mut spec = spec(Value::Null);
-        keep_movable(&mut spec, Unconfined::Confine);
+        keep_movable(&mut spec);
         let once = spec.clone();
-        keep_movable(&mut spec, Unconfined::Confine);
+        keep_movable(&mut spec);
         assert_eq!(spec, once);
     }
 
@@ -314,7 +285,7 @@ mod tests {
                  "args": [{"index": 0, "value": 40, "op": "SCMP_CMP_NE"}]},
             ],
         }));
-        assert!(keep_movable(&mut spec, Unconfined::Confine));
+        assert!(keep_movable(&mut spec));
         assert_eq!(decide(&spec, "socket", TCP), allowed());
         assert_eq!(decide(&spec, "socket", MPTCP), errno(libc::EPROTONOSUPPORT));
         assert_eq!(decide(&spec, "socket", VSOCK), errno(1));
@@ -330,7 +301,7 @@ mod tests {
             "defaultAction": "SCMP_ACT_KILL_PROCESS",
             "syscalls": [{"names": ["io_uring_setup", "socket", "read"], "action": "SCMP_ACT_LOG"}],
         }));
-        assert!(keep_movable(&mut spec, Unconfined::Confine));
+        assert!(keep_movable(&mut spec));
         assert_eq!(decide(&spec, "io_uring_setup", [0; 3]), errno(libc::ENOSYS));
         // Not listed before: still killed, not merely refused.
         assert_eq!(
@@ -349,7 +320,7 @@ mod tests {
                 "defaultAction": "SCMP_ACT_ALLOW",
                 "syscalls": [{"names": ["io_uring_setup", "socket"], "action": action}],
             }));
-            keep_movable(&mut spec, Unconfined::Confine);
+            keep_movable(&mut spec);
             assert_eq!(decide(&spec, "io_uring_setup", [0; 3]).0, action);
             assert_eq!(decide(&spec, "socket", MPTCP).0, action);
             assert_eq!(decide(&spec, "io_uring_enter", [0; 3]), errno(libc::ENOSYS));
@@ -362,7 +333,7 @@ mod tests {
             [(KEEP_IO_URING, true, false), (KEEP_MPTCP, false, true)]
         {
             let mut spec = json!({"annotations": {annotation: "true"}, "linux": {}});
-            assert!(keep_movable(&mut spec, Unconfined::Confine));
+            assert!(keep_movable(&mut spec));
             assert_eq!(
                 decide(&spec, "io_uring_setup", [0; 3]) == allowed(),
                 io_uring
@@ -374,13 +345,13 @@ mod tests {
             "linux": {},
         });
         let before = spec.clone();
-        assert!(!keep_movable(&mut spec, Unconfined::Confine));
+        assert!(!keep_movable(&mut spec));
         assert_eq!(spec, before);
     }
 
     #[test]
     fn a_spec_of_another_system_is_left_alone() {
         let mut spec = json!({"windows": {}});
-        assert!(!keep_movable(&mut spec, Unconfined::Confine));
+        assert!(!keep_movable(&mut spec));
     }
 }

@@ -13,7 +13,6 @@ pub mod netns;
 pub mod packet;
 pub mod pagemap;
 pub mod pidfd;
-pub mod sched;
 pub mod seccomp;
 pub mod seccomp_filters;
 pub mod signal;

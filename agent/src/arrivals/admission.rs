@@ -299,6 +299,9 @@ pub(crate) async fn remove_leftover(
         incoming: true,
         ticket_id: None,
         task: true,
+        cgroup: super::plan::spec(container)
+            .ok()
+            .and_then(|spec| super::plan::cgroup(&spec)),
         log: None,
     };
     take_back(node, &made).await

@@ -166,6 +166,11 @@ pub(crate) fn netns(spec: &Spec) -> Option<PathBuf> {
         .cloned()
 }
 
+/// The cgroup that a specification names.
+pub(crate) fn cgroup(spec: &Spec) -> Option<PathBuf> {
+    spec.linux().as_ref()?.cgroups_path().clone()
+}
+
 /// What containerd takes as namespace or id (pkg/identifiers): safe in a path.
 pub(crate) fn check_identifier(text: &str) -> anyhow::Result<()> {
     let alphanumeric = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);

@@ -25,6 +25,10 @@ pub(crate) const NETNS_LABEL: &str = "sterna.dev/incoming-netns";
 /// A namespace and a pair of links: 20 ms on an idle node.
 const NETWORK_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// From a shim's death to the end of what containerd does about it.
+const GONE_TIMEOUT: Duration = Duration::from_secs(30);
+const GONE_PAUSE: Duration = Duration::from_millis(50);
+
 /// Name of the lease under which a migration prepares.
 pub(crate) fn lease_id(migration_id: &str) -> String {
     format!("sterna-{migration_id}")
@@ -44,6 +48,8 @@ pub(crate) struct Made {
     pub(crate) incoming: bool,
     pub(crate) ticket_id: Option<String>,
     pub(crate) task: bool,
+    /// Where its processes would be.
+    pub(crate) cgroup: Option<PathBuf>,
     pub(crate) log: Option<PathBuf>,
 }
 
@@ -112,6 +118,7 @@ pub(crate) async fn prepare(node: &Node, plan: &Plan, made: &mut Made) -> anyhow
         made.log = (!log.exists()).then_some(log);
     }
     made.task = true;
+    made.cgroup = plan::cgroup(&plan.spec);
     containerd.create_task(plan.id(), mounts, stdio).await?;
     containerd
         .delete_lease(&lease_id(&plan.migration_id))
@@ -214,9 +221,9 @@ pub(crate) async fn take_back(node: &Node, made: &Made) -> anyhow::Result<()> {
     }
     let mut task_gone = true;
     if made.task {
-        let removed = containerd.remove_task(&made.id).await;
+        let removed = remove_task(node, &containerd, made).await;
         task_gone = removed.is_ok();
-        note(removed.map_err(Into::into));
+        note(removed);
     }
     // A snapshot or a namespace that is in use must not be pulled away.
     if task_gone {
@@ -260,6 +267,37 @@ pub(crate) async fn take_back(node: &Node, made: &Made) -> anyhow::Result<()> {
         note(remove_file(log));
     }
     first
+}
+
+/// Removes the task and makes sure that no process is left of it.
+///
+/// containerd forgets the task of a dead shim before it has cleaned up after it;
+/// only the end of the bundle is the end of that.
+async fn remove_task(node: &Node, containerd: &Namespace, made: &Made) -> anyhow::Result<()> {
+    let record = ContainerRecord::read(&node.run_dir, &made.namespace, &made.id)?;
+    containerd.remove_task(&made.id).await?;
+    let deadline = tokio::time::Instant::now() + GONE_TIMEOUT;
+    loop {
+        let bundle = record.as_ref().is_some_and(|record| record.bundle.exists());
+        let processes = made
+            .cgroup
+            .as_deref()
+            .is_some_and(crate::cgroup::has_processes);
+        if !bundle && !processes {
+            return Ok(());
+        }
+        ensure!(
+            tokio::time::Instant::now() < deadline,
+            "containerd has not cleaned up after container {}: {} left",
+            made.id,
+            if processes {
+                "processes are"
+            } else {
+                "its bundle is"
+            }
+        );
+        tokio::time::sleep(GONE_PAUSE).await;
+    }
 }
 
 /// The record of a shim that was killed; a living one removes its own.

@@ -313,7 +313,9 @@ impl Known {
             return;
         }
         // Cancelled on our own order: to the user it failed.
-        finished.outcome = "failed".into();
+        if finished.outcome == "cancelled" {
+            finished.outcome = "failed".into();
+        }
         finished.side = verdict.side.name().into();
         finished.reason.clone_from(&verdict.reason);
     }
@@ -370,6 +372,8 @@ mod tests {
             corrected(&known, "failed", "source"),
             words("failed", "source", "engine")
         );
+        let back = words("handed-back", "destination shim", "there");
+        assert_eq!(corrected(&known, "handed-back", "destination"), back);
         // A phase that timed out because the link is down.
         assert_eq!(
             corrected(&lost(Side::Link), "failed", "source"),

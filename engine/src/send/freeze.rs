@@ -35,6 +35,7 @@ impl Sender {
             .await?;
 
         let claims = self.copier()?.claim(container.processes()?).await?;
+        self.read_filters().await?;
         let (report, dumped) = self.dump_and_copy(container, &claims).await?;
         self.figures.dump = dumped;
         self.figures.final_lap = report.duration;
@@ -73,7 +74,7 @@ impl Sender {
         else {
             return Err(SendError::Worker);
         };
-        dump.claim(Arc::clone(claims));
+        dump.claim(Arc::clone(claims), self.seccomp.clone());
         dump.answer(true)?;
         let processes = container.processes()?;
         let dumping = async {

@@ -59,6 +59,8 @@ impl Sender {
         dialer: &Dialer,
         container: &Container,
     ) -> Result<(), SendError> {
+        // Where they do not allow a dump, nothing is to be begun.
+        self.read_filters().await?;
         make_dir(&self.work)?;
         let options = container.checkpoint_options(&self.work, self.job.network.is_some());
         let request = container.dump_request(&options)?;
@@ -168,6 +170,18 @@ impl Sender {
             self.copier()?.prepare_smaps().await?;
             self.lap(container).await?;
         }
+        self.read_filters().await
+    }
+
+    /// Reads the seccomp filters of tasks that have come since the last time, for
+    /// CRIU, which may not. In the freeze that is none, as a rule.
+    pub(super) async fn read_filters(&mut self) -> Result<(), SendError> {
+        let mut filters = std::mem::take(&mut self.seccomp);
+        let root = i32::try_from(self.job.init_pid).map_err(|_| SendError::Worker)?;
+        let read = move || filters.update(root).map(|()| filters);
+        self.seccomp = tokio::task::spawn_blocking(read)
+            .await
+            .map_err(|_| SendError::Worker)??;
         Ok(())
     }
 }

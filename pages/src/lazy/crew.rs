@@ -10,12 +10,11 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use sys::uffd::Userfaultfd;
 
-use super::LazyError;
-use super::Prefill;
 use super::outstanding::{Outstanding, Piece};
 use super::recipient::{Origin, Recipient, RequestError};
 use super::report::Tally;
 use super::signal::Signal;
+use super::{LazyError, Prefill};
 use crate::SpaceId;
 use crate::sync::{lock, read, write};
 

@@ -8,8 +8,8 @@ use super::crew::{Crew, Message};
 use super::outstanding::Piece;
 use super::recipient::{Origin, Placed, Recipient};
 
-/// How long to wait before pages are tried again that cannot be placed yet. A fraction of what a restore takes, many
-/// times what an attempt does.
+/// How long to wait before pages are tried again that cannot be placed yet. CRIU sends the userfaultfd of a process some
+/// 2 ms before it registers the mappings, each at its final address, and lets the tasks go 1 to 5 ms after that.
 const RETRY_AFTER: Duration = Duration::from_micros(500);
 
 /// Pieces that are tried before such a wait: when one mapping is not there yet, another may be.
