@@ -12,12 +12,15 @@ use proto::engine::{
     Progress, WatchRequest,
 };
 use tokio::net::UnixListener;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
 /// How long a finished engine waits for somebody to hear how it ended.
 const LAST_WORD: Duration = Duration::from_secs(20);
+/// How long the last event may take to a watcher that has asked for it.
+const FLUSH: Duration = Duration::from_secs(2);
 
 /// The history of one migration: written by the engine, read by any number of
 /// watchers from its beginning.
@@ -137,17 +140,39 @@ impl Log {
         history.get(index..).unwrap_or_default().to_vec()
     }
 
-    /// Serves `sterna.engine.v1` on a unix socket until dropped or aborted.
-    pub(crate) fn serve(&self, socket: &Path) -> std::io::Result<tokio::task::JoinHandle<()>> {
+    /// Serves `sterna.engine.v1` on a unix socket.
+    pub(crate) fn serve(&self, socket: &Path) -> std::io::Result<Serving> {
         let listener = UnixListener::bind(socket)?;
+        let (stop, stopped) = oneshot::channel::<()>();
         let server = tonic::transport::Server::builder()
             .add_service(EngineServer::new(self.clone()))
-            .serve_with_incoming(UnixListenerStream::new(listener));
-        Ok(tokio::spawn(async move {
+            .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
+                // Dropped or sent: both mean stop.
+                drop(stopped.await);
+            });
+        let task = tokio::spawn(async move {
             if let Err(error) = server.await {
                 tracing::warn!(%error, "the engine's socket ended");
             }
-        }))
+        });
+        Ok(Serving { stop, task })
+    }
+}
+
+/// The socket at work.
+#[derive(Debug)]
+pub(crate) struct Serving {
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<()>,
+}
+
+impl Serving {
+    /// Ends it once every watcher has received what was sent to it.
+    pub(crate) async fn end(self) {
+        drop(self.stop);
+        if tokio::time::timeout(FLUSH, self.task).await.is_err() {
+            tracing::debug!("a watcher did not take the last event");
+        }
     }
 }
 

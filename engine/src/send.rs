@@ -94,7 +94,7 @@ pub(crate) async fn run(
     let told = shim.send(&FromEngine::Sent(last_word));
     log.finish(finished);
     log.last_word_heard().await;
-    server.abort();
+    server.end().await;
     drop(fs::remove_file(&socket));
     told.map_err(|_| SendError::ShimGone)?;
     outcome.map(drop)

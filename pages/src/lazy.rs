@@ -22,6 +22,7 @@
 //! processes, and only then close them, if this server fails or dies.
 
 mod crew;
+mod error;
 mod faults;
 mod fill;
 mod outstanding;
@@ -44,9 +45,10 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use sys::fdpass::recv_with_fds;
-use sys::uffd::Userfaultfd;
+use sys::uffd::{FEATURE_EVENT_FORK, FEATURE_EVENTS, Userfaultfd};
 
 use self::crew::{Crew, Message};
+pub use self::error::LazyError;
 use self::outstanding::Outstanding;
 use self::recipient::{Origin, Recipient};
 pub use self::report::FillReport;
@@ -81,6 +83,10 @@ pub struct FillOptions {
     pub threads: usize,
     /// What to place ahead.
     pub prefill: Prefill,
+    /// Refuse a process whose forks the kernel does not report. Only for a process that does not fork while it is
+    /// filled can this be turned off: a child of which nobody hears reads zeros where its parent has content. To hear
+    /// of forks CRIU needs `CAP_SYS_PTRACE`.
+    pub require_forks: bool,
 }
 
 impl Default for FillOptions {
@@ -90,6 +96,7 @@ impl Default for FillOptions {
         Self {
             threads: 2,
             prefill: Prefill::default(),
+            require_forks: true,
         }
     }
 }
@@ -109,89 +116,6 @@ pub enum LazyEvent {
     /// All memory is in place. The guards have to be closed now; that lets the kernel deal with the memory alone.
     /// Faults are served until the handler of this event returns.
     Filled,
-}
-
-/// Why memory was not filled. The processes, if any run, must be ended before the guards are closed.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum LazyError {
-    /// Cannot wait for CRIU or for page faults.
-    #[error("cannot wait for page faults")]
-    Wait(#[source] io::Error),
-    /// Cannot start a thread.
-    #[error("cannot start a thread that fills memory")]
-    Thread(#[source] io::Error),
-    /// The connection to CRIU does not work.
-    #[error("cannot receive from criu on {}", path.display())]
-    Receive {
-        /// The socket.
-        path: PathBuf,
-        /// What went wrong.
-        #[source]
-        source: io::Error,
-    },
-    /// CRIU sent the pid of a process and no userfaultfd.
-    #[error("criu sent no userfaultfd for process {0}")]
-    NoUserfaultfd(SpaceId),
-    /// CRIU sent a process twice.
-    #[error("criu sent process {0} twice")]
-    Twice(SpaceId),
-    /// CRIU closed the connection before all was restored. What is staged is still there: the restore can be repeated
-    /// with another server.
-    #[error("criu ended before the restore had finished")]
-    RestoreFailed,
-    /// Memory is staged for a process that CRIU did not restore.
-    #[error("no process was restored for the memory of space {0}")]
-    NotRestored(SpaceId),
-    /// Cannot make a guard.
-    #[error("cannot duplicate the userfaultfd of space {space}")]
-    Guard {
-        /// Whose.
-        space: SpaceId,
-        /// What dup(2) said.
-        #[source]
-        source: io::Error,
-    },
-    /// A page is staged where the restored process has no mapping that we may fill.
-    #[error("no mapping for the page at {addr:#x} of space {space}")]
-    Homeless {
-        /// Whose page.
-        space: SpaceId,
-        /// Where it belongs.
-        addr: u64,
-    },
-    /// A restored process has a page already for which another is staged, and nobody can say what is in it.
-    ///
-    /// Pages that CRIU restores itself have to be taken out of staging ([`Staging::remove`]). Else it is the work of
-    /// huge pages: where CRIU writes one page before a mapping is registered, and huge pages are on for all of the
-    /// machine, the 511 around it come into being as zeros. The restore has to run with `PR_SET_THP_DISABLE`.
-    #[error("the page at {addr:#x} of space {space} is there already")]
-    Occupied {
-        /// Whose page.
-        space: SpaceId,
-        /// Where it is.
-        addr: u64,
-    },
-    /// The machine, or the control group of the container, had no memory for too long.
-    #[error("no memory to fill space {space}")]
-    NoMemory {
-        /// Whose page could not be placed.
-        space: SpaceId,
-    },
-    /// A request for a page failed in a way that has no explanation.
-    #[error("cannot place the page at {addr:#x} of space {space}")]
-    Place {
-        /// Whose page.
-        space: SpaceId,
-        /// Where it belongs; 0 when reading events failed.
-        addr: u64,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// [`Canceller::cancel`] was called.
-    #[error("filling was cancelled")]
-    Cancelled,
 }
 
 /// Ends a server from another thread.
@@ -279,6 +203,7 @@ impl LazyServer {
             let mut session = Session {
                 server: &self,
                 staging,
+                options,
                 crew: &crew,
                 events,
                 spaces: HashSet::new(),
@@ -325,6 +250,7 @@ enum Received {
 struct Session<'a> {
     server: &'a LazyServer,
     staging: &'a Staging,
+    options: FillOptions,
     crew: &'a Crew,
     events: &'a mut dyn FnMut(LazyEvent),
     /// The processes CRIU sent, zombies too.
@@ -380,8 +306,9 @@ impl Session<'_> {
                     if !self.spaces.insert(id) {
                         return Err(LazyError::Twice(id));
                     }
-                    let outstanding = Outstanding::new(self.staging.seal(id));
                     let uffd = Userfaultfd::from_fd(fd);
+                    self.check(id, &uffd)?;
+                    let outstanding = Outstanding::new(self.staging.seal(id));
                     self.take_over(id, Origin::Restored, uffd, outstanding)?;
                 }
                 Received::Zombie(id) => {
@@ -391,6 +318,21 @@ impl Session<'_> {
                 Received::Closed => return Err(LazyError::RestoreFailed),
             }
         }
+    }
+
+    /// A process that changes its memory unheard would be given pages it has given up.
+    fn check(&self, space: SpaceId, uffd: &Userfaultfd) -> Result<(), LazyError> {
+        let features = uffd
+            .features()
+            .map_err(|source| LazyError::Inspect { space, source })?;
+        let needed = match self.options.require_forks {
+            true => FEATURE_EVENTS,
+            false => FEATURE_EVENTS & !FEATURE_EVENT_FORK,
+        };
+        if features & needed != needed {
+            return Err(LazyError::Deaf { space, features });
+        }
+        Ok(())
     }
 
     /// The guard first, then everything else.

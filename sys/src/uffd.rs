@@ -26,6 +26,10 @@ pub const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
 /// `UFFD_FEATURE_EVENT_UNMAP`
 pub const FEATURE_EVENT_UNMAP: u64 = 1 << 6;
 
+/// All events about mappings and forks.
+pub const FEATURE_EVENTS: u64 =
+    FEATURE_EVENT_FORK | FEATURE_EVENT_REMAP | FEATURE_EVENT_REMOVE | FEATURE_EVENT_UNMAP;
+
 /// `sizeof(struct uffd_msg)`
 const MESSAGE_BYTES: usize = 32;
 /// Messages taken with one read(2). More faults than this are rarely pending at once: a thread has at most one.
@@ -216,6 +220,17 @@ impl Userfaultfd {
         Ok(argument.features)
     }
 
+    /// What whoever did the handshake asked for (`FEATURE_*`, and bits of the kernel's own).
+    ///
+    /// # Errors
+    ///
+    /// Those of reading /proc/self/fdinfo; `InvalidData` if that does not describe a userfaultfd.
+    pub fn features(&self) -> io::Result<u64> {
+        let path = format!("/proc/self/fdinfo/{}", self.0.as_raw_fd());
+        features_in(&std::fs::read_to_string(path)?)
+            .ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
     /// Has missing pages of private or shared memory in `range` reported from now on.
     ///
     /// # Safety
@@ -360,6 +375,13 @@ fn argument_of(range: &Range<u64>) -> RangeArgument {
     }
 }
 
+/// The features in `API:<tab>version:features:ioctls`, all in hexadecimal.
+fn features_in(fdinfo: &str) -> Option<u64> {
+    let api = fdinfo.lines().find_map(|line| line.strip_prefix("API:"))?;
+    let features = api.trim().split(':').nth(1)?;
+    u64::from_str_radix(features, 16).ok()
+}
+
 /// The outcome of a request that places pages. One that was cut short is `EAGAIN` with a count; the count of one that
 /// placed nothing is 0, or an error number, depending on the kernel.
 fn placed(outcome: nix::Result<i32>, count: i64, len: usize) -> Result<usize, Obstacle> {
@@ -456,6 +478,18 @@ mod tests {
             parse(&message).unwrap_err().kind(),
             io::ErrorKind::InvalidData
         );
+    }
+
+    #[test]
+    fn features_are_found_in_fdinfo() {
+        let text = "pos:\t0\nflags:\t02004002\npending:\t0\ntotal:\t0\nAPI:\taa:8000004c:1ff\n";
+        let events = FEATURE_EVENT_REMAP | FEATURE_EVENT_REMOVE | FEATURE_EVENT_UNMAP;
+        assert_eq!(features_in(text), Some(events | 1 << 31));
+        assert_eq!(features_in("pos:\t0\n"), None);
+        if let Some((uffd, _)) = registered(1, FEATURE_EVENT_UNMAP) {
+            let asked_for = uffd.features().unwrap() & FEATURE_EVENTS;
+            assert_eq!(asked_for, FEATURE_EVENT_UNMAP);
+        }
     }
 
     const PAGE: u64 = 4096;

@@ -201,8 +201,9 @@ impl<'a> Watch<'a> {
         if finished.phase.is_empty() {
             finished.phase = self.phase.name().into();
         }
-        let blames_source = finished.side.starts_with("source");
-        if finished.outcome == "failed" && !blames_source {
+        if finished.outcome == "failed" {
+            // Also where the engine blames its own side: a stream that breaks
+            // looks like a fault of whoever writes to it.
             self.hear_destination().await;
         }
         self.known.correct(&mut finished);

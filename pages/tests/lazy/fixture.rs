@@ -11,6 +11,7 @@ use sterna_pages::{
     BATCH_BYTES, Batch, EXTENT_BYTES, FillOptions, FillReport, LazyError, LazyEvent, LazyServer,
     PAGE_BYTES, Record, RecordKind, SpaceId, Staging,
 };
+use sys::uffd::{FEATURE_EVENT_FORK, Userfaultfd};
 use tempfile::TempDir;
 
 pub(crate) const PAGE: u64 = PAGE_BYTES as u64;
@@ -28,6 +29,23 @@ pub(crate) const ROLE: &str = "STERNA_TEST_ROLE";
 pub(crate) const WORK_DIR: &str = "STERNA_TEST_WORK_DIR";
 /// The exit code for "this machine does not let me".
 pub(crate) const SKIPPED: i32 = 77;
+
+/// Whether this machine lets us hear of forks.
+pub(crate) fn hears_forks() -> bool {
+    [false, true].into_iter().any(|user_mode_only| {
+        Userfaultfd::create(user_mode_only)
+            .and_then(|uffd| uffd.handshake(FEATURE_EVENT_FORK))
+            .is_ok()
+    })
+}
+
+/// The default options, as far as this machine allows.
+pub(crate) fn options() -> FillOptions {
+    FillOptions {
+        require_forks: hears_forks(),
+        ..FillOptions::default()
+    }
+}
 
 /// Whether there is content for a page. Those between are zeros that never were anything else.
 pub(crate) fn is_staged(page: u64) -> bool {
@@ -150,8 +168,8 @@ pub(crate) fn restore(staging: &Staging, role: &str, options: FillOptions) -> Ou
             }
         });
         if result.is_err() && !watch.is_finished() {
-            // As the shim has to: first the process, then the guards.
-            kill(pid, Signal::SIGKILL).unwrap();
+            // As the shim has to: first the process, then the guards. It may have ended just now.
+            kill(pid, Signal::SIGKILL).ok();
         }
         let status = watch.join().unwrap();
         drop(guards);

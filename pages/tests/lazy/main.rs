@@ -9,7 +9,9 @@ mod restored;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use fixture::{HOT, PAGE, PAGES, ROLE, SPACE, START, WORK_DIR, is_staged, restore, stage, staged};
+use fixture::{
+    HOT, PAGE, PAGES, ROLE, SPACE, START, WORK_DIR, is_staged, options, restore, stage, staged,
+};
 use sterna_pages::{
     Batch, FillOptions, FillReport, LazyError, Prefill, Record, RecordKind, SpaceId, Staging,
     StagingUsage,
@@ -30,7 +32,7 @@ fn another_role() {
 fn one_thread() -> FillOptions {
     FillOptions {
         threads: 1,
-        ..FillOptions::default()
+        ..options()
     }
 }
 
@@ -47,7 +49,7 @@ fn assert_complete(report: &FillReport) {
 #[test]
 fn a_restored_process_reads_what_was_staged_and_zeros_elsewhere() {
     let staging = staged();
-    let outcome = restore(&staging, "reads", FillOptions::default());
+    let outcome = restore(&staging, "reads", options());
     assert!(outcome.is_skipped() || outcome.events == ["handed", "restored", "filled"]);
     let Some(report) = outcome.expect_filled() else {
         return;
@@ -63,7 +65,7 @@ fn a_restored_process_reads_what_was_staged_and_zeros_elsewhere() {
 fn faults_are_served_before_the_restore_has_finished() {
     let options = FillOptions {
         prefill: Prefill::Off,
-        ..FillOptions::default()
+        ..options()
     };
     let Some(report) = restore(&staged(), "reads early", options).expect_filled() else {
         return;
@@ -80,7 +82,7 @@ fn hot_pages_are_placed_as_soon_as_their_mappings_are_there() {
         stage(&staging, SPACE, hot);
     }
     let hot = HOT.into_iter().flatten().filter(|page| is_staged(*page));
-    let outcome = restore(&staging, "waits for hot pages", FillOptions::default());
+    let outcome = restore(&staging, "waits for hot pages", options());
     let Some(report) = outcome.expect_filled() else {
         return;
     };
@@ -92,7 +94,7 @@ fn hot_pages_are_placed_as_soon_as_their_mappings_are_there() {
 fn everything_can_be_placed_ahead() {
     let options = FillOptions {
         prefill: Prefill::All,
-        ..FillOptions::default()
+        ..options()
     };
     let Some(report) = restore(&staged(), "waits for all", options).expect_filled() else {
         return;
@@ -102,7 +104,7 @@ fn everything_can_be_placed_ahead() {
 
 #[test]
 fn a_run_of_pages_may_lie_in_two_mappings() {
-    let outcome = restore(&staged(), "maps in two", FillOptions::default());
+    let outcome = restore(&staged(), "maps in two", options());
     if let Some(report) = outcome.expect_filled() {
         assert_complete(&report);
     }
@@ -159,7 +161,7 @@ fn memory_survives_whatever_a_process_does_while_it_is_filled() {
     for threads in [1, 2, 4] {
         let options = FillOptions {
             threads,
-            ..FillOptions::default()
+            ..options()
         };
         restore(&staged(), "does everything", options).expect_filled();
     }
@@ -179,17 +181,13 @@ fn a_process_that_ends_early_needs_no_more_memory() {
 #[test]
 fn a_restore_that_failed_can_be_repeated() {
     let staging = staged();
-    let outcome = restore(
-        &staging,
-        "dies before it is restored",
-        FillOptions::default(),
-    );
+    let outcome = restore(&staging, "dies before it is restored", options());
     if outcome.is_skipped() {
         return;
     }
     assert!(matches!(outcome.result, Err(LazyError::RestoreFailed)));
     assert_eq!(staging.usage().pages, staged_pages());
-    let again = restore(&staging, "reads", FillOptions::default());
+    let again = restore(&staging, "reads", options());
     assert_complete(&again.expect_filled().unwrap());
 }
 
@@ -197,7 +195,7 @@ fn a_restore_that_failed_can_be_repeated() {
 fn memory_of_a_process_that_was_not_restored_is_an_error() {
     let staging = staged();
     stage(&staging, SpaceId(18), 0..10);
-    let outcome = restore(&staging, "exits at once", FillOptions::default());
+    let outcome = restore(&staging, "exits at once", options());
     if outcome.is_skipped() {
         return;
     }
@@ -223,7 +221,7 @@ fn a_page_without_a_mapping_is_an_error() {
         })
         .unwrap();
     // Not "exits at once": a process that is gone needs no page.
-    let outcome = restore(&staging, "touches slowly", FillOptions::default());
+    let outcome = restore(&staging, "touches slowly", options());
     if outcome.is_skipped() {
         return;
     }
@@ -249,8 +247,22 @@ fn without_a_guard_the_process_of_a_server_that_died_reads_zeros() {
 }
 
 #[test]
+fn a_process_that_changes_its_memory_unheard_is_refused() {
+    let strict = FillOptions {
+        require_forks: true,
+        ..options()
+    };
+    let outcome = restore(&staged(), "is deaf", strict);
+    if outcome.is_skipped() {
+        return;
+    }
+    assert!(matches!(outcome.result, Err(LazyError::Deaf { .. })));
+    assert!(outcome.events.is_empty());
+}
+
+#[test]
 fn a_page_that_is_there_already_is_an_error() {
-    let outcome = restore(&staged(), "has a page already", FillOptions::default());
+    let outcome = restore(&staged(), "has a page already", options());
     if outcome.is_skipped() {
         return;
     }
@@ -267,7 +279,7 @@ fn a_page_that_was_taken_out_of_staging_may_be_there_already() {
     let at = START + 5000 * PAGE;
     let page = at..at + PAGE;
     staging.remove(SPACE, &[page]).unwrap();
-    restore(&staging, "has a page already", FillOptions::default()).expect_filled();
+    restore(&staging, "has a page already", options()).expect_filled();
 }
 
 #[test]
@@ -280,7 +292,7 @@ fn a_server_that_nobody_connects_to_can_be_cancelled() {
             std::thread::sleep(Duration::from_millis(20));
             canceller.cancel();
         });
-        server.run(&Staging::new(0), FillOptions::default(), &mut |_| {})
+        server.run(&Staging::new(0), options(), &mut |_| {})
     });
     assert!(matches!(result, Err(LazyError::Cancelled)));
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);

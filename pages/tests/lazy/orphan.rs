@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, raise};
 use sterna_pages::{FillOptions, LazyEvent, LazyServer, Prefill};
 use sys::fdpass::{recv_with_fds, send_with_fds};
 
-use crate::fixture::{SKIPPED, staged, start};
+use crate::fixture::{SKIPPED, options, staged, start};
 
 /// The role of the server.
 pub(crate) const SERVER: &str = "serves and dies";
@@ -23,6 +23,7 @@ pub(crate) fn serve_and_die(work_dir: &Path) {
     let options = FillOptions {
         threads: 1,
         prefill: Prefill::Off,
+        ..options()
     };
     let server = LazyServer::bind(work_dir).unwrap();
     // Tells the test that the process can be started.

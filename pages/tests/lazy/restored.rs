@@ -12,11 +12,9 @@ use std::time::Duration;
 use nix::sys::wait::{WaitStatus, waitpid};
 use sys::fdpass::send_with_fds;
 use sys::testing::{Region, fork, not_permitted};
-use sys::uffd::{
-    FEATURE_EVENT_FORK, FEATURE_EVENT_REMAP, FEATURE_EVENT_REMOVE, FEATURE_EVENT_UNMAP, Userfaultfd,
-};
+use sys::uffd::{FEATURE_EVENT_FORK, FEATURE_EVENT_UNMAP, FEATURE_EVENTS, Userfaultfd};
 
-use crate::fixture::{HOT, PAGE, PAGES, SKIPPED, SPACE, START, is_staged, word};
+use crate::fixture::{HOT, PAGE, PAGES, SKIPPED, SPACE, START, hears_forks, is_staged, word};
 
 /// What a page has to read as.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -34,10 +32,18 @@ struct Memory {
     regions: BTreeMap<u64, Region>,
     pages: BTreeMap<u64, Expected>,
     random: u64,
+    hears_forks: bool,
 }
 
 pub(crate) fn run(role: &str, work_dir: &Path) {
-    let mut restorer = Restorer::connect(work_dir);
+    if role == "is deaf" {
+        drop(Restorer::connect(
+            work_dir,
+            FEATURE_EVENTS & !FEATURE_EVENT_UNMAP,
+        ));
+        return;
+    }
+    let mut restorer = Restorer::connect(work_dir, FEATURE_EVENTS);
     match role {
         "reads" => restorer.finish().check_all(),
         "reads early" => {
@@ -118,9 +124,9 @@ struct Restorer {
 
 impl Restorer {
     /// Connects, sends the userfaultfd and only then maps what it is for, as CRIU does.
-    fn connect(work_dir: &Path) -> Self {
+    fn connect(work_dir: &Path, features: u64) -> Self {
         let mut connection = UnixStream::connect(work_dir.join("lazy-pages.socket")).unwrap();
-        let uffd = userfaultfd();
+        let uffd = userfaultfd(features);
         connection
             .write_all(&i32::try_from(SPACE.0).unwrap().to_ne_bytes())
             .unwrap();
@@ -167,11 +173,10 @@ impl Restorer {
     }
 }
 
-/// As CRIU makes it: with all events the kernel lets us have.
-fn userfaultfd() -> Userfaultfd {
-    let events = FEATURE_EVENT_REMAP | FEATURE_EVENT_REMOVE | FEATURE_EVENT_UNMAP;
+/// As CRIU makes it, with the events the kernel lets us have.
+fn userfaultfd(features: u64) -> Userfaultfd {
     for user_mode_only in [false, true] {
-        for features in [events | FEATURE_EVENT_FORK, events] {
+        for features in [features, features & !FEATURE_EVENT_FORK] {
             let made = Userfaultfd::create(user_mode_only);
             match made.and_then(|uffd| uffd.handshake(features).map(|_| uffd)) {
                 Ok(uffd) => return uffd,
@@ -198,6 +203,7 @@ impl Memory {
                 .map(|page| (START + page * PAGE, expected(page)))
                 .collect(),
             random: 88172645463325252,
+            hears_forks: hears_forks(),
         }
     }
 
@@ -363,6 +369,9 @@ impl Memory {
 
     /// A child that looks at everything and gives up some; the parent goes on beside it and looks how it ended later.
     fn fork(&mut self, turn: u64) {
+        if !self.hears_forks {
+            return;
+        }
         self.random ^= turn << 32;
         let child = fork(|| {
             for _ in 0..50 {

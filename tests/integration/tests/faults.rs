@@ -44,9 +44,9 @@ impl<'lab> Scene<'lab> {
     }
 
     /// Begins to move it to b and returns when memory travels.
-    fn under_way(&self) -> Migration {
+    fn under_way(&self, options: &[&str]) -> Migration {
         let (a, b) = (self.lab.node("a"), self.lab.node("b"));
-        let mut migration = Migration::start(&self.valkey, a, b, &[]);
+        let mut migration = Migration::start(&self.valkey, a, b, options);
         migration.wait_for_pre_copy();
         // Into the first lap, which takes seconds.
         std::thread::sleep(Duration::from_millis(500));
@@ -84,7 +84,7 @@ fn the_destinations_shim_is_killed() {
     let Some(scene) = Scene::set(lab, "shim-killed") else {
         return;
     };
-    let migration = scene.under_way();
+    let migration = scene.under_way(&[]);
     let shims = b.processes(&["containerd-shim-sterna-v1", "-id shim-killed"]);
     assert_eq!(shims.len(), 1, "{shims:?}");
     b.signal("KILL", shims[0]);
@@ -99,7 +99,7 @@ fn the_destinations_engine_is_killed() {
     let Some(scene) = Scene::set(lab, "engine-killed") else {
         return;
     };
-    let migration = scene.under_way();
+    let migration = scene.under_way(&[]);
     let engines = b.processes(&["containerd-shim-sterna-v1 engine"]);
     assert_eq!(engines.len(), 1, "{engines:?}");
     b.signal("KILL", engines[0]);
@@ -114,7 +114,7 @@ fn the_destinations_agent_is_killed() {
     let Some(scene) = Scene::set(lab, "agent-killed") else {
         return;
     };
-    let migration = scene.under_way();
+    let migration = scene.under_way(&[]);
     b.service("kill", "sternad");
     assert_says(&migration.failure(), "destination agent", "pre-copy");
     b.service("start", "sternad");
@@ -128,7 +128,7 @@ fn the_destinations_containerd_is_killed() {
     let Some(scene) = Scene::set(lab, "containerd-killed") else {
         return;
     };
-    let migration = scene.under_way();
+    let migration = scene.under_way(&[]);
     b.service("kill", "containerd");
     assert_says(&migration.failure(), "destination containerd", "pre-copy");
     b.service("start", "containerd");
@@ -142,7 +142,7 @@ fn the_link_is_cut() {
     let Some(scene) = Scene::set(lab, "cut-off") else {
         return;
     };
-    let migration = scene.under_way();
+    let migration = scene.under_way(&[]);
     b.link("down");
     let said = migration.failure();
     b.link("up");
@@ -157,7 +157,7 @@ fn the_sources_engine_is_killed() {
     let Some(scene) = Scene::set(lab, "sender-killed") else {
         return;
     };
-    let migration = scene.under_way();
+    let migration = scene.under_way(&[]);
     let engines = a.processes(&["containerd-shim-sterna-v1 engine"]);
     assert_eq!(engines.len(), 1, "{engines:?}");
     a.signal("KILL", engines[0]);
@@ -172,7 +172,7 @@ fn the_sources_agent_is_killed() {
     let Some(scene) = Scene::set(lab, "orphaned") else {
         return;
     };
-    let migration = scene.under_way();
+    let migration = scene.under_way(&[]);
     a.service("kill", "sternad");
     migration.failure();
     a.service("start", "sternad");
@@ -197,7 +197,7 @@ fn a_restore_that_fails_hands_the_container_back() {
     let Some(scene) = Scene::set(lab, "handed-back") else {
         return;
     };
-    let migration = scene.under_way();
+    let migration = scene.under_way(&["--max-blackout", "10s"]);
     let runc = b
         .sh("readlink -f \"$(command -v runc)\"")
         .success()
