@@ -57,7 +57,8 @@ const PAGE_BYTES: u64 = 4096;
 /// The calls of CRIU that an [`Interceptor`] is asked about.
 pub(crate) fn filter(asked: Asked) -> Filter {
     let request = |number| (0, Condition::WordIs(number));
-    let suspend = Condition::WordIs(libc::PTRACE_O_SUSPEND_SECCOMP as u32);
+    // Alone, or with PTRACE_O_TRACESYSGOOD, which CRIU has set by then.
+    let suspend = Condition::WordHas(libc::PTRACE_O_SUSPEND_SECCOMP as u32);
     let filter = Filter::new()
         .ask(
             libc::SYS_prlimit64,

@@ -4,6 +4,7 @@
 //! here and is talked to by messages.
 
 use std::ops::Range;
+use std::path::Path;
 use std::sync::{Arc, mpsc as blocking};
 use std::time::Duration;
 
@@ -171,8 +172,9 @@ fn drive(
     orders: &blocking::Receiver<Order>,
 ) -> Result<(), DumpFailure> {
     let tools = Tools::find().map_err(|error| DumpFailure::Missing(crate::error_chain(&error)))?;
-    let program = std::env::current_exe().map_err(|error| failed(&error))?;
-    let mut session = DumpSession::spawn(&program, &tools).map_err(|error| failed(&error))?;
+    // This very build, even if the file was replaced by another.
+    let program = Path::new("/proc/self/exe");
+    let mut session = DumpSession::spawn(program, &tools).map_err(|error| failed(&error))?;
     let listener = session.take_listener().ok_or(DumpFailure::Gone)?;
     let interceptor = Interceptor::new(listener);
     // A sender that is gone shows at the first notification.

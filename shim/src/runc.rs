@@ -311,6 +311,11 @@ impl Runc {
         self.launch(&mut command, launch, stdio);
         command.arg(&self.id);
         command.process_group(0);
+        if args.flags.contains(&"--lazy-pages") {
+            // A page that CRIU restores itself would bring a huge page with it,
+            // with zeros where the page server has content.
+            command.without_huge_pages();
+        }
         self.spawn("OCI runtime restore failed", command)
     }
 

@@ -40,6 +40,8 @@ pub enum Condition {
     WordIsNot(u32),
     /// None of these bits is set in its lower 32 bits.
     WordLacks(u32),
+    /// Some of these bits are set in its lower 32 bits.
+    WordHas(u32),
 }
 
 /// A program for seccomp: calls that match a rule are asked about, the rest runs.
@@ -80,6 +82,7 @@ impl Filter {
                 Condition::WordIs(word) => checks.push((low, libc::BPF_JEQ, word, true)),
                 Condition::WordIsNot(word) => checks.push((low, libc::BPF_JEQ, word, false)),
                 Condition::WordLacks(bits) => checks.push((low, libc::BPF_JSET, bits, false)),
+                Condition::WordHas(bits) => checks.push((low, libc::BPF_JSET, bits, true)),
                 Condition::Is(value) => {
                     checks.push((low, libc::BPF_JEQ, value as u32, true));
                     checks.push((high, libc::BPF_JEQ, (value >> 32) as u32, true));

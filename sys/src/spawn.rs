@@ -30,6 +30,11 @@ pub trait CommandFds {
     /// Has the kernel send `signal` to the program when the *thread* that spawns
     /// it ends, even if the process lives on: spawn from a thread that stays.
     fn signal_when_parent_thread_ends(&mut self, signal: Signal) -> &mut Self;
+
+    /// Turns transparent huge pages off for the program and all it starts
+    /// (`PR_SET_THP_DISABLE`). CRIU turns them on again for the tasks it restores,
+    /// where they were on.
+    fn without_huge_pages(&mut self) -> &mut Self;
 }
 
 impl CommandFds for Command {
@@ -83,6 +88,16 @@ impl CommandFds for Command {
         // SAFETY: the closure runs between fork and exec and makes two plain system
         // calls; it does not allocate.
         unsafe { self.pre_exec(arm) }
+    }
+
+    fn without_huge_pages(&mut self) -> &mut Self {
+        let disable = || {
+            prctl::set_thp_disable(true)?;
+            Ok(())
+        };
+        // SAFETY: the closure runs between fork and exec and makes one plain system
+        // call; it does not allocate.
+        unsafe { self.pre_exec(disable) }
     }
 }
 
