@@ -13,6 +13,7 @@ use sys::spawn::CommandFds;
 
 use crate::Interceptor;
 use crate::channel::{Asked, Channel, Ending, FromHelper, ToHelper, packet_pair};
+use crate::freezer::{Freezer, FreezerError};
 use crate::helper::SESSION_FD;
 use crate::log;
 use crate::request::DumpRequest;
@@ -24,6 +25,9 @@ pub const HELPER_ARGUMENT: &str = "criu-helper";
 
 /// How long a helper may take to load libcriu and execute CRIU. Measured: 15 ms.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a container may take to be paused again.
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a whole dump may be silent between two notifications in
 /// [`checkpoint`]. It writes all memory: 0.5 s per GiB to memory, 1.5 s to disk.
@@ -108,6 +112,9 @@ pub enum DumpError {
     /// The container is under a seccomp profile that does not go with a dump.
     #[error("cannot dump a container with these seccomp filters")]
     Seccomp(#[from] SeccompError),
+    /// A paused container cannot be looked at.
+    #[error("cannot use the container's freezer")]
+    Freezer(#[from] FreezerError),
     /// The dump was answered with "no", and undone.
     #[error("the dump was stopped at {action:?} and undone")]
     Aborted {
@@ -328,7 +335,7 @@ impl DumpSession {
 /// As for [`DumpSession`].
 pub fn checkpoint(program: &Path, tools: &Tools, request: &DumpRequest) -> Result<(), DumpError> {
     // Refused before anything is started, where it has to be.
-    let filters = SeccompFilters::read(request.pid)?;
+    let filters = read_filters(request)?;
     let mut session = DumpSession::spawn_asking(program, tools, Asked::Limits)?;
     let listener = session.take_listener().ok_or(DumpError::OutOfTurn)?;
     let interceptor = Interceptor::new(listener);
@@ -344,6 +351,21 @@ pub fn checkpoint(program: &Path, tools: &Tools, request: &DumpRequest) -> Resul
     })
 }
 
+/// A caller may have paused the container. Tasks in a freezer of version 1 cannot
+/// be traced, so that they have to run for the milliseconds that this takes.
+fn read_filters(request: &DumpRequest) -> Result<SeccompFilters, DumpError> {
+    let freezer = request.freeze_cgroup.clone().map(Freezer::V1);
+    let paused = match freezer {
+        Some(freezer) if freezer.is_frozen().unwrap_or(false) => freezer,
+        // Running, or a group of version 2, which has no such file.
+        _ => return Ok(SeccompFilters::read(request.pid)?),
+    };
+    paused.thaw()?;
+    let filters = SeccompFilters::read(request.pid);
+    paused.freeze(FREEZE_TIMEOUT)?;
+    Ok(filters?)
+}
+
 fn answer_all(
     session: &mut DumpSession,
     request: &DumpRequest,
@@ -356,7 +378,8 @@ fn answer_all(
         if action == Action::PreDump
             && let Some(mut filters) = filters.take()
         {
-            // What was started meanwhile; on an error the session is dropped.
+            // What was started meanwhile, if anything could be; on an error the
+            // session is dropped.
             filters.update(request.pid)?;
             slot.set(filters);
         }

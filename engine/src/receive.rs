@@ -403,6 +403,13 @@ impl Receiver {
                 "the account names too many ranges".into(),
             ));
         }
+        // Of processes that ended before the freeze.
+        let listed: Vec<_> = account
+            .spaces
+            .iter()
+            .map(|space| SpaceId(space.space))
+            .collect();
+        self.staging.retain_spaces(&listed);
         for space in &account.spaces {
             let ranges: Vec<_> = space
                 .ranges

@@ -117,21 +117,20 @@ impl Container {
 
     /// [`Container::run`] on a terminal; none where this machine cannot make one.
     pub fn run_on_terminal(&self, node: &Node) -> Option<Output> {
-        let words = self.words(node, &["--rm", "--tty"]);
-        let command = node.command_line(&borrowed(&words));
-        let mut script = std::process::Command::new("script");
-        script.args([
-            "--quiet",
-            "--return",
-            "--command",
-            &quoted(&command),
-            "/dev/null",
-        ]);
-        let available = std::process::Command::new("script")
-            .arg("--version")
-            .output()
-            .is_ok();
-        available.then(|| Output::of(script.env("STERNA_LAB", node.lab_number().to_string()), b""))
+        on_terminal(node, &self.words(node, &["--rm", "--tty"]))
+    }
+
+    /// Starts it detached, with a terminal that nobody looks at; none where this
+    /// machine cannot make one.
+    #[track_caller]
+    pub fn start_on_terminal<'lab>(&self, lab: &'lab Lab, node: &Node) -> Option<Running<'lab>> {
+        let running = Running {
+            lab,
+            name: self.name.clone(),
+            address: None,
+        };
+        on_terminal(node, &self.words(node, &["--detach", "--tty"]))?.success();
+        Some(running)
     }
 
     /// Starts it detached.
@@ -166,6 +165,19 @@ impl Container {
         node.exec(&borrowed(&words)).success();
         running
     }
+}
+
+/// Runs a command in a node on a terminal of this machine.
+fn on_terminal(node: &Node, words: &[String]) -> Option<Output> {
+    let line = quoted(&node.command_line(&borrowed(words)));
+    let mut script = std::process::Command::new("script");
+    script.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
+    script.env("STERNA_LAB", node.lab_number().to_string());
+    let available = std::process::Command::new("script")
+        .arg("--version")
+        .output()
+        .is_ok();
+    available.then(|| Output::of(&mut script, b""))
 }
 
 fn reference(image: &str) -> &'static str {

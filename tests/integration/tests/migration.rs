@@ -150,7 +150,7 @@ fn the_image_travels_once() {
     let Some(lab) = LAB.get() else { return };
     let (a, b) = (lab.node("a"), lab.node("b"));
     // An image that no other test brings to b.
-    lab.import("a", &["python"]);
+    lab.import("a", &["goserver"]);
     let server = Container::new("image", "goserver")
         .with_address()
         .start(lab, a);

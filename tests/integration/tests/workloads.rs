@@ -2,7 +2,8 @@
 //! that are not root, runtimes that like io_uring and MPTCP.
 
 use sterna_integration::{
-    Cgroup, Container, Flavour, Lab, Load, Running, SharedLab, eventually, migrate,
+    Cgroup, Container, Flavour, Http, Lab, Load, Node, Running, SharedLab, eventually, migrate,
+    skip,
 };
 
 static LAB: SharedLab = SharedLab::new(4, |lab| {
@@ -42,9 +43,8 @@ fn a_shell_that_forks_all_the_time() {
         work() { while :; do echo $1 | cat | cat >/dev/null; (exec true) & wait; echo $1; done }
         work one & work two & work three & wait";
     let shell = Container::shell("forks", script).start(lab, a);
-    let said = |node: &sterna_integration::Node, word: &str| {
-        shell.log(node).lines().filter(|line| *line == word).count()
-    };
+    let said =
+        |node: &Node, word: &str| shell.log(node).lines().filter(|line| *line == word).count();
     eventually("all work", || (said(a, "three") > 5).then_some(()));
     let (mut here, mut there) = (a, b);
     for _ in 0..4 {
@@ -101,7 +101,7 @@ fn an_nginx_whose_workers_are_not_root() {
         .with_address()
         .start(lab, a);
     let mut client = nginx.http();
-    let requests = |client: &mut sterna_integration::Http| {
+    let requests = |client: &mut Http| {
         let status = client.get("/status").expect("nginx answers");
         let counts = status.lines().nth(2).unwrap_or_default().split_whitespace();
         counts
@@ -187,13 +187,12 @@ fn a_valkey_under_a_profile_of_system_calls() {
 fn a_process_that_uses_a_terminal() {
     let Some(lab) = LAB.get() else { return };
     let (a, b) = (lab.node("a"), lab.node("b"));
-    let shell = Container::shell(
-        "tty",
-        "tty; i=0; while :; do i=$((i+1)); echo $i >/tmp/i; sleep 0.1; done",
-    )
-    .options(&["--tty", "--null-io"])
-    .start(lab, a);
-    let count = |node| -> u64 {
+    let script =
+        "tty >/tmp/tty; i=0; while :; do i=$((i+1)); echo $i; echo $i >/tmp/i; sleep 0.1; done";
+    let Some(shell) = Container::shell("tty", script).start_on_terminal(lab, a) else {
+        return skip("there is no program 'script' here to make a terminal");
+    };
+    let count = |node: &Node| -> u64 {
         shell
             .exec(node, &["cat", "/tmp/i"])
             .stdout
@@ -204,4 +203,10 @@ fn a_process_that_uses_a_terminal() {
     eventually("it counts", || (count(a) > 5).then_some(()));
     migrate(&shell, a, b);
     eventually("it counts on", || (count(b) > 10).then_some(()));
+    assert!(
+        shell
+            .exec(b, &["cat", "/tmp/tty"])
+            .success()
+            .starts_with("/dev/")
+    );
 }
