@@ -125,11 +125,14 @@ pub(crate) fn ownable(
     let mut close = |run: &mut Vec<&Mapping>| -> Result<(), FlagsUnknown> {
         let bytes: u64 = run.iter().map(|mapping| mapping.len_bytes()).sum();
         for mapping in run.drain(..).filter(|_| bytes >= MIN_OWNED_BYTES) {
-            let fillable = locked.all_is_ordinary()
-                || smaps
-                    .and_then(|smaps| smaps.flags(mapping, mappings))
-                    .ok_or(FlagsUnknown)?
-                    .can_be_filled_lazily();
+            let flags = smaps.and_then(|smaps| smaps.flags(mapping, mappings));
+            let fillable = match flags {
+                Some(flags) => flags.can_be_filled_lazily(),
+                None if !locked.all_is_ordinary() => return Err(FlagsUnknown),
+                // It may be memory that the kernel drops when it likes, which is
+                // not restored: a page or two (the state of getrandom in the vdso).
+                None => mapping.len_bytes() >= MIN_OWNED_BYTES || mapping.line.ends_with(b"[heap]"),
+            };
             if fillable {
                 owned.push(mapping.range.clone());
             }
