@@ -163,6 +163,9 @@ fn make_pair(
     }
 }
 
+/// Bytes of a node's interface name that tell which namespace it is for.
+const PREFIX_BYTES: usize = 8;
+
 /// At most 15 bytes, recognisably ours, the same first half for the same path.
 pub(crate) fn host_name(netns: &Path, random: u64) -> String {
     let hash = netns
@@ -430,7 +433,28 @@ pub(crate) fn remove(netns: &Path) -> Result<(), NetworkError> {
                 netns.display(),
             ))?,
     }
+    remove_strays(netns)?;
     namespace::remove(netns)
+}
+
+/// In the node's namespace: what a process left that was killed, by its name. A
+/// container's own pair is gone by now.
+fn remove_strays(netns: &Path) -> Result<(), NetworkError> {
+    let failed = || NetworkError::kernel("remove what is left of", netns.display());
+    let name = host_name(netns, 0);
+    let prefix = &name[..PREFIX_BYTES];
+    let mut netlink = Netlink::open().map_err(failed())?;
+    for link in link::all(&mut netlink).map_err(failed())? {
+        if !link.is_veth() || !link.name.starts_with(prefix) {
+            continue;
+        }
+        match netlink.call(link::delete(link.index), 0) {
+            // Its peer went first.
+            Err(error) if error.raw_os_error() == Some(nix::libc::ENODEV) => {}
+            result => drop(result.map_err(failed())?),
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

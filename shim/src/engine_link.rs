@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -86,6 +87,7 @@ impl Engine {
         // replaced by another.
         let mut command = Command::new("/proc/self/exe");
         command
+            .arg0("containerd-shim-sterna-v1")
             .arg("engine")
             .current_dir("/")
             .env_remove("NOTIFY_SOCKET")
