@@ -92,13 +92,32 @@ pub fn read(tids: &[i32]) -> Result<Vec<Option<Vec<Filter>>>, FilterError> {
 /// On an early return the thread stays seized, and is detached when this thread of ours ends, which it does then.
 fn read_here(tid: i32) -> Result<Option<Vec<Filter>>, FilterError> {
     let gone = |error: &FilterError| match error {
-        FilterError::Ptrace { source, .. } => source.raw_os_error() == Some(libc::ESRCH),
+        FilterError::Ptrace { source, .. } => match source.raw_os_error() {
+            Some(libc::ESRCH) => true,
+            // The kernel's word for a thread that is ending, too.
+            Some(libc::EPERM) => has_ended(tid),
+            _ => false,
+        },
         _ => false,
     };
     match read_stopped(tid) {
         Err(error) if gone(&error) => Ok(None),
         result => result,
     }
+}
+
+/// Whether a thread is dead, or about to be: a zombie, or one that has given up its memory.
+fn has_ended(tid: i32) -> bool {
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{tid}/status")) else {
+        return true;
+    };
+    let field = |name| {
+        status
+            .lines()
+            .find_map(|line: &str| line.strip_prefix(name))
+    };
+    field("State:").is_none_or(|state| state.trim_start().starts_with(['Z', 'X']))
+        || field("VmSize:").is_none()
 }
 
 fn read_stopped(tid: i32) -> Result<Option<Vec<Filter>>, FilterError> {
