@@ -31,6 +31,12 @@ mount_root() {
   mount --bind "$disk/sterna" var/lib/sterna
   mount --bind "$bin" opt/sterna/bin
   mount -o remount,bind,ro opt/sterna/bin
+  local shared target
+  while IFS=: read -r shared target; do
+    mkdir -p "./$target"
+    mount --bind "$shared" "./$target"
+    mount -o remount,bind,ro "./$target"
+  done <"$state/shares"
 }
 
 mount_dev() {

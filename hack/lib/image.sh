@@ -3,9 +3,9 @@
 # there is a function image_NAME, which fills a root directory and sets:
 #   reference   the name it is imported under
 #   settings    the image config's "config" member, as JSON
-# Sourced, never run. Needs common.sh, rootfs.sh.
+# Sourced, never run. Needs common.sh, rootfs.sh, kube/programs.sh.
 
-IMAGES=(valkey busybox python nginx node goserver pause)
+IMAGES=(valkey busybox python nginx node goserver pause coredns)
 IMAGE_SUITE=forky
 IMAGE_PATH='PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
 
@@ -91,6 +91,14 @@ image_pause() {
   add_applets "$1"
 }
 
+# A cluster's name server. It binds port 53 as root.
+image_coredns() {
+  reference=localhost/coredns:1
+  settings='{"Env": ["'$IMAGE_PATH'"], "Entrypoint": ["/coredns"]}'
+  skeleton "$1"
+  cp "$(programs_path coredns)/coredns" "$1/coredns"
+}
+
 # unpack ROOT PACKAGE...: the files of the packages and of what they depend on. No
 # maintainer script runs: what those would have made is made by the image's function.
 unpack() {
@@ -136,6 +144,7 @@ image_path() {
     declare -f "image_$1" unpack skeleton add_user add_applets debootstrap_to
     printf '%s\n' "$IMAGE_SUITE" "${SLIM_OPTIONS[@]}"
     cat "$LIB_DIR/oci.py"
+    [[ $1 != coredns ]] || programs_path coredns
     for file in "$LIB_DIR"/images/*; do
       [[ $(declare -f "image_$1") != *"/${file##*/}"* ]] || cat "$file"
     done
@@ -144,6 +153,7 @@ image_path() {
 }
 
 ensure_image() {
+  [[ $1 != coredns ]] || ensure_programs coredns
   [[ -e $(image_path "$1") ]] || with_lock "$STERNA_CACHE/locks/image-$1" build_image "$1"
 }
 
@@ -176,7 +186,12 @@ import_image() {
   if [[ $(node_run "$node" ctr -n "$namespace" images list "name==$reference") == *"$(<"$path.digest")"* ]]; then
     return 0
   fi
-  node_run "$node" ctr -n "$namespace" images import - <"$path" >/dev/null ||
-    die "node $node did not take $reference: see 'hack/nodes log $node containerd'"
+  import_archive "$node" "$namespace" "$path"
   say "$node has $reference"
+}
+
+# import_archive NODE NAMESPACE FILE
+import_archive() {
+  node_run "$1" ctr -n "$2" images import - <"$3" >/dev/null ||
+    die "node $1 did not take $3: see 'hack/nodes log $1 containerd'"
 }

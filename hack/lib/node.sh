@@ -2,6 +2,7 @@
 # A node's life: prepared, started, linked, ready, stopped. Its state directory
 # $STERNA_RUN/NAME has one small file for each fact:
 #   slot flavour cgroup rootfs bin   what it was asked to be
+#   shares                           "DIR:PATH" of the machine's directories that it has
 #   pid                              "PID START" of its init, as seen from the machine
 #   linked                           has its network
 #   boot.log                         what was said while it started
@@ -59,8 +60,8 @@ choose_slot() {
   die "there are $SLOTS nodes already: stop one, or use another lab (STERNA_LAB=1)"
 }
 
-# node_prepare NAME FLAVOUR CGROUP BIN: what it is to be, and its place among the
-# others; done for all before one starts, so that each knows all.
+# node_prepare NAME FLAVOUR CGROUP BIN [SHARE...]: what it is to be, and its place
+# among the others; done for all before one starts, so that each knows all.
 node_prepare() {
   local name=$1 state=$STERNA_RUN/$1 slot
   [[ ! -e $state && ! -e $STERNA_DISK/$name ]] || node_stop "$name"
@@ -70,6 +71,7 @@ node_prepare() {
   echo "$2" >"$state/flavour"
   echo "$3" >"$state/cgroup"
   echo "$4" >"$state/bin"
+  (($# < 5)) && : >"$state/shares" || printf '%s\n' "${@:5}" >"$state/shares"
   echo "$slot" >"$state/slot"
 }
 
