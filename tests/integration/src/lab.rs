@@ -7,13 +7,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
 
+use crate::cluster::Cluster;
 use crate::node::{Cgroup, Flavour, Node};
 use crate::output::Output;
 
 /// The first address that a container may have: below are nodes.
 const FIRST_ADDRESS: u8 = 20;
 const LAST_ADDRESS: u8 = 127;
+
+/// `hack/kube` ends with this where the machine cannot have a cluster.
+const UNAVAILABLE: i32 = 69;
+/// The first time it compiles Kubernetes.
+const COMPILING: Duration = Duration::from_secs(45 * 60);
 
 /// Says that a test was not done, and why. `hack/test` counts these lines.
 pub fn skip(reason: &str) {
@@ -81,6 +88,8 @@ pub struct Lab {
     number: u8,
     bin: PathBuf,
     nodes: BTreeMap<String, Node>,
+    /// Why there is no Kubernetes cluster on them.
+    no_cluster: Option<String>,
     next_address: AtomicU8,
     /// Its end is the end of the lab, however this process ends.
     _watchdog: Child,
@@ -101,6 +110,7 @@ impl Lab {
             number,
             bin: bin.into(),
             nodes: BTreeMap::new(),
+            no_cluster: Some("nobody asked for a cluster".to_owned()),
             next_address: AtomicU8::new(FIRST_ADDRESS),
             _watchdog: watch(number),
         }
@@ -119,6 +129,38 @@ impl Lab {
             let node = Node::new(self.number, name, flavour, cgroup);
             self.nodes.insert((*name).to_owned(), node);
         }
+    }
+
+    /// Boots a Kubernetes cluster of so many nodes, with our runtime, if this
+    /// machine can have one.
+    pub fn cluster_up(&mut self, nodes: usize) {
+        let count = nodes.to_string();
+        let up = self
+            .hack("kube")
+            .args(&["up", "--nodes", &count, "--bin"])
+            .arg(&self.bin)
+            .run_within(COMPILING);
+        if up.code() == UNAVAILABLE {
+            let reason = up.stderr.lines().last().unwrap_or_default();
+            self.no_cluster = Some(format!("no Kubernetes cluster here: {reason}"));
+            return;
+        }
+        up.success();
+        self.no_cluster = None;
+        for name in ('a'..).take(nodes) {
+            let name = name.to_string();
+            let node = Node::new(self.number, &name, Flavour::Forky, Cgroup::of_machine());
+            self.nodes.insert(name, node);
+        }
+    }
+
+    /// The cluster; none, and said so, where the machine cannot have one.
+    pub fn cluster(&self) -> Option<Cluster<'_>> {
+        if let Some(reason) = &self.no_cluster {
+            skip(reason);
+            return None;
+        }
+        Some(Cluster::new(self))
     }
 
     /// Makes the nodes trust each other and starts sternad on them.
@@ -165,7 +207,7 @@ impl Lab {
         self.bin.join(name)
     }
 
-    fn hack(&self, script: &str) -> Hack {
+    pub(crate) fn hack(&self, script: &str) -> Hack {
         hack(self.number, script)
     }
 }
@@ -190,8 +232,16 @@ impl Hack {
         self
     }
 
-    pub(crate) fn run(mut self) -> Output {
-        Output::of(&mut self.0, b"")
+    pub(crate) fn run(self) -> Output {
+        self.run_with(b"")
+    }
+
+    pub(crate) fn run_with(mut self, input: &[u8]) -> Output {
+        Output::of(&mut self.0, input)
+    }
+
+    fn run_within(mut self, patience: Duration) -> Output {
+        Output::of_within(&mut self.0, b"", patience)
     }
 
     pub(crate) fn command(self) -> Command {

@@ -8,6 +8,7 @@
 //! Nothing here asserts how long something takes: deadlines only keep a broken
 //! test from hanging.
 
+mod cluster;
 mod container;
 mod events;
 mod http;
@@ -19,6 +20,7 @@ mod node;
 mod output;
 mod wait;
 
+pub use cluster::{Cluster, Deployment};
 pub use container::{Container, Running, STERNA, runtime};
 pub use events::Events;
 pub use http::Http;

@@ -24,6 +24,12 @@ impl Output {
     /// Runs a command to its end, with `input` on its standard input.
     #[track_caller]
     pub(crate) fn of(command: &mut Command, input: &[u8]) -> Self {
+        Self::of_within(command, input, PATIENCE)
+    }
+
+    /// [`Output::of`] with a deadline of its own.
+    #[track_caller]
+    pub(crate) fn of_within(command: &mut Command, input: &[u8], patience: Duration) -> Self {
         let name = words(command);
         let mut child = command
             .stdin(Stdio::piped())
@@ -37,7 +43,7 @@ impl Output {
             // A command that ends without reading everything is its own affair.
             drop(stdin.write_all(input));
         }
-        let status = wait(&mut child, PATIENCE);
+        let status = wait(&mut child, patience);
         if status.is_none() {
             kill_all(&mut child);
         }
@@ -51,7 +57,7 @@ impl Output {
         assert!(
             status.is_some(),
             "no end after {} s: {output}",
-            PATIENCE.as_secs()
+            patience.as_secs()
         );
         output
     }

@@ -1,0 +1,157 @@
+//! A Kubernetes cluster on a lab's nodes, and workloads in it.
+
+use std::time::Duration;
+
+use crate::lab::Lab;
+use crate::node::{Background, Node};
+use crate::output::Output;
+use crate::wait::eventually_within;
+
+/// A pod is there in seconds; a busy machine takes longer.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A cluster that runs.
+#[derive(Debug, Clone, Copy)]
+pub struct Cluster<'a> {
+    lab: &'a Lab,
+}
+
+impl<'a> Cluster<'a> {
+    pub(crate) fn new(lab: &'a Lab) -> Self {
+        Self { lab }
+    }
+
+    /// One of its nodes, by name.
+    #[track_caller]
+    pub fn node(&self, name: &str) -> &'a Node {
+        self.lab.node(name)
+    }
+
+    /// `kubectl`, as the administrator.
+    pub fn kubectl(&self, words: &[&str]) -> Output {
+        self.kubectl_with(words, "")
+    }
+
+    /// [`Cluster::kubectl`] with standard input.
+    pub fn kubectl_with(&self, words: &[&str], input: &str) -> Output {
+        let command = self.lab.hack("kube").args(&["kubectl"]).args(words);
+        command.run_with(input.as_bytes())
+    }
+
+    /// Starts `kubectl` and lets it run.
+    pub fn spawn(&self, words: &[&str]) -> Background {
+        let command = self.lab.hack("kube").args(&["kubectl"]).args(words);
+        Background::start(command.command())
+    }
+
+    /// A field of an object, by JSON path.
+    #[track_caller]
+    pub fn field(&self, object: &str, path: &str) -> String {
+        let path = format!("jsonpath={{{path}}}");
+        let output = self.kubectl(&["get", object, "-o", &path]);
+        output.success().to_owned()
+    }
+
+    /// Brings images of `hack/images` to all nodes.
+    pub fn import(&self, images: &[&str]) {
+        let command = self.lab.hack("kube").args(&["images", "import"]);
+        command.args(images).run().success();
+    }
+
+    /// Runs a pod of one container to its end, on the node, and returns what it said.
+    pub fn run_on(&self, node: &str, name: &str, image: &str, command: &[&str]) -> String {
+        let node = format!(r#"{{"spec": {{"nodeName": "{node}"}}}}"#);
+        let image = format!("--image={image}");
+        let words = ["run", name, &image, "--restart=Never", "--overrides", &node];
+        let words = [&words[..], &["--command", "--"], command].concat();
+        self.kubectl(&words).success();
+        let object = format!("pod/{name}");
+        let phase = eventually_within(PATIENCE, "the pod ends", || {
+            let phase = self.field(&object, ".status.phase");
+            matches!(phase.as_str(), "Succeeded" | "Failed").then_some(phase)
+        });
+        let said = self.kubectl(&["logs", name]).success().to_owned();
+        assert_eq!(phase, "Succeeded", "{name} said: {said}");
+        self.kubectl(&["delete", &object, "--wait=false"]).success();
+        said
+    }
+
+    /// Starts a Deployment of one pod, under our runtime, with a Service of the same
+    /// name. `container` is the rest of the container's description, in JSON.
+    pub fn deploy(self, name: &str, image: &str, port: u16, container: &str) -> Deployment<'a> {
+        let more = if container.is_empty() { "" } else { ", " };
+        let manifest = format!(
+            r#"
+apiVersion: apps/v1
+kind: Deployment
+metadata: {{ name: {name} }}
+spec:
+  selector: {{ matchLabels: {{ app: {name} }} }}
+  template:
+    metadata: {{ labels: {{ app: {name} }} }}
+    spec:
+      runtimeClassName: sterna
+      terminationGracePeriodSeconds: 5
+      containers: [{{ "name": "main", "image": "{image}"{more}{container} }}]
+---
+apiVersion: v1
+kind: Service
+metadata: {{ name: {name} }}
+spec: {{ selector: {{ app: {name} }}, ports: [{{ port: {port} }}] }}
+"#
+        );
+        self.kubectl_with(&["apply", "-f", "-"], &manifest)
+            .success();
+        Deployment {
+            cluster: self,
+            name: name.to_owned(),
+        }
+    }
+}
+
+/// A Deployment and its Service, which go with this value.
+#[derive(Debug)]
+pub struct Deployment<'a> {
+    cluster: Cluster<'a>,
+    name: String,
+}
+
+impl Deployment<'_> {
+    /// The name of the one pod that runs, is ready and is to stay, other than `not`.
+    #[track_caller]
+    pub fn pod_other_than(&self, not: &str) -> String {
+        let selector = format!("-lapp={}", self.name);
+        let path = "jsonpath={range .items[*]}{.metadata.name} \
+            {.status.conditions[?(@.type=='Ready')].status} {.metadata.deletionTimestamp}{'\\n'}{end}";
+        eventually_within(PATIENCE, "the pod is ready", || {
+            let pods = self
+                .cluster
+                .kubectl(&["get", "pods", &selector, "-o", path]);
+            pods.success().lines().find_map(|line| {
+                let words: Vec<_> = line.split_whitespace().collect();
+                match words[..] {
+                    [name, "True"] if name != not => Some(name.to_owned()),
+                    _ => None,
+                }
+            })
+        })
+    }
+
+    /// The pod, once it is ready.
+    #[track_caller]
+    pub fn pod(&self) -> String {
+        self.pod_other_than("")
+    }
+}
+
+impl Drop for Deployment<'_> {
+    fn drop(&mut self) {
+        let objects = [
+            format!("deployment/{}", self.name),
+            format!("service/{}", self.name),
+        ];
+        let words = ["delete", &objects[0], &objects[1], "--wait=false"];
+        // The cluster goes with its nodes: what is left is of no harm.
+        drop(self.cluster.kubectl(&words));
+    }
+}
