@@ -90,7 +90,7 @@ compile_kubernetes() {
   need_go "${KUBE_GO[$2]}"
   say "compiling Kubernetes $version (once; six minutes on two idle cores)"
   with_go "$source" go mod download -json "k8s.io/kubernetes@$version" >"$source/module.json" 2>>"$log" ||
-    unavailable "the module k8s.io/kubernetes $version could not be fetched: $(cat "$log" "$source/module.json")"
+    unavailable "the modules could not be fetched: $(sed -n 's/.*"Error": "\(.*\)".*/\1/p' "$source/module.json")"
   parts=$(with_go "$source" cat "$(sed -n 's/.*"GoMod": "\(.*\)",/\1/p' "$source/module.json")")
   {
     echo 'module hack/kubernetes'
