@@ -135,15 +135,20 @@ go_build() {
 }
 
 # need_go OLDEST: sets go_root to where Go is to run: nothing for this machine, or a
-# builder root file system, made where the machine's Go is missing or too old.
+# builder root file system where the machine's Go is missing or too old.
 need_go() {
   local oldest=$1 have
   have=$(GOTOOLCHAIN=local go env GOVERSION 2>/dev/null) || have=go0
   go_root=
   [[ $(printf '%s\n' "$oldest" "${have#go}" | sort -V | head -n 1) != "$oldest" ]] || return 0
   go_root=$KUBE_CACHE/builder-$BUILDER_SUITE-go$BUILDER_GO
+  # In a process of its own, because whoever calls holds a lock already.
+  [[ -d $go_root ]] || (with_lock "$STERNA_CACHE/locks/builder" build_go_root) || exit
+}
+
+build_go_root() {
   [[ ! -d $go_root ]] || return 0
-  say "building a root file system with Go $BUILDER_GO, as this machine has ${have/go0/none} and $oldest is needed"
+  say "making a root file system with Go $BUILDER_GO, which this machine lacks"
   [[ ! -e $go_root.new ]] || remove_tree "$go_root.new"
   mkdir -p "$KUBE_CACHE"
   (debootstrap_to $BUILDER_SUITE "$go_root.new" --variant=apt --include=ca-certificates,golang-$BUILDER_GO-go) ||
