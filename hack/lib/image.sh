@@ -5,7 +5,7 @@
 #   settings    the image config's "config" member, as JSON
 # Sourced, never run. Needs common.sh, rootfs.sh, kube/programs.sh.
 
-IMAGES=(valkey busybox python nginx node goserver pause coredns)
+IMAGES=(valkey busybox python nginx node goserver pause coredns debian)
 IMAGE_SUITE=forky
 IMAGE_PATH='PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
 
@@ -97,6 +97,18 @@ image_coredns() {
   settings='{"Env": ["'$IMAGE_PATH'"], "Entrypoint": ["/coredns"]}'
   skeleton "$1"
   cp "$(programs_path coredns)/coredns" "$1/coredns"
+}
+
+# For tests that look for Debian's users, setuid programs, a directory that root
+# does not own, and a sleep that goes on after a signal, unlike busybox's.
+image_debian() {
+  reference=localhost/debian:1
+  settings='{"Env": ["'$IMAGE_PATH'"], "Cmd": ["sh"]}'
+  unpack "$1" base-passwd bash busybox-static coreutils passwd
+  add_applets "$1"
+  cp "$1/usr/share/base-passwd/passwd.master" "$1/etc/passwd"
+  cp "$1/usr/share/base-passwd/group.master" "$1/etc/group"
+  install -d -o 65534 -g 65534 "$1/test_dir"
 }
 
 # unpack ROOT PACKAGE...: the files of the packages and of what they depend on. No
