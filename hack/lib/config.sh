@@ -90,7 +90,8 @@ cni_config() {
         }]],
         "routes": [{ "dst": "0.0.0.0/0" }]
       }
-    }
+    },
+    { "type": "portmap", "snat": true, "capabilities": { "portMappings": true } }
   ]
 }
 END

@@ -5,7 +5,7 @@
 #   settings    the image config's "config" member, as JSON
 # Sourced, never run. Needs common.sh, rootfs.sh, kube/programs.sh.
 
-IMAGES=(valkey busybox python nginx node goserver pause coredns debian)
+IMAGES=(valkey busybox python nginx node goserver pause coredns debian webserver escalate toolbox)
 IMAGE_SUITE=forky
 IMAGE_PATH='PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
 
@@ -68,27 +68,70 @@ image_node() {
 image_goserver() {
   reference=localhost/goserver:1
   settings='{"Env": ["'$IMAGE_PATH'"], "Cmd": ["/server"]}'
-  need go golang-go
   skeleton "$1"
-  # As a module of today's Go: without go.mod, the defaults are those of old versions.
-  local source
-  source=$(mktemp -d)
-  cp "$LIB_DIR/images/server.go" "$source"
-  (
-    cd "$source" || exit
-    export GO111MODULE=on GOFLAGS='' GOTOOLCHAIN=local CGO_ENABLED=0
-    go mod init goserver 2>/dev/null
-    go build -trimpath -ldflags='-s -w' -o "$1/server" .
-  )
-  rm -rf "$source"
+  go_program server.go "$1/server"
 }
 
 # What the CRI holds a pod's namespaces with.
 image_pause() {
   reference=$PAUSE_IMAGE
-  settings='{"Env": ["'$IMAGE_PATH'"], "Cmd": ["sh", "-c", "trap '\''exit 0'\'' TERM INT; while :; do sleep 86400 & wait; done"]}'
-  unpack "$1" busybox-static
+  settings='{"Env": ["'$IMAGE_PATH'"], "Cmd": ["/pause"]}'
+  need cc gcc
+  [[ -e /usr/include/stdio.h ]] || install_package libc6-dev
+  skeleton "$1"
+  cc -Os -static -s -Wall -Wextra -Werror -o "$1/pause" "$LIB_DIR/images/pause.c"
+}
+
+# What critest asks of several images: a server on the ports 80 and 12003 that says
+# httpd, and whose first process is nginx.
+image_webserver() {
+  reference=localhost/webserver:1
+  settings='{"Env": ["'$IMAGE_PATH'"], "Cmd": ["sh", "-c", "echo httpd; exec nginx -c /etc/nginx/critest.conf"]}'
+  unpack "$1" nginx busybox-static
   add_applets "$1"
+  add_user "$1" www-data 33 /var/www
+  mkdir -p "$1/var/lib/nginx" "$1/var/log/nginx" "$1/srv/www"
+  ln -s ../run "$1/var/run"
+  install -m 644 "$LIB_DIR/images/critest.conf" "$1/etc/nginx/critest.conf"
+  echo 'served by nginx' >"$1/srv/www/index.html"
+}
+
+# A program that is root whoever starts it, unless it may not.
+image_escalate() {
+  reference=localhost/escalate:1
+  settings='{"Env": ["'$IMAGE_PATH'"], "Cmd": ["/effective-uid"]}'
+  skeleton "$1"
+  go_program effective-uid.go "$1/effective-uid"
+  chmod 4755 "$1/effective-uid"
+}
+
+# A shell and what critest asks of processes and IPC; a user that the image itself
+# has in one more group.
+image_toolbox() {
+  reference=localhost/toolbox:1
+  settings='{"Env": ["'$IMAGE_PATH'"], "Cmd": ["sh"]}'
+  unpack "$1" busybox-static procps util-linux
+  # That of procps wants a terminal, and critest runs it without.
+  rm "$1/usr/bin/top"
+  add_applets "$1"
+  add_user "$1" default-user 1000 /home
+  echo 'group-defined-in-image:x:50000:default-user' >>"$1/etc/group"
+}
+
+# go_program SOURCE TARGET: a static program from a file of lib/images.
+go_program() {
+  need go golang-go
+  # As a module of today's Go: without go.mod, the defaults are those of old versions.
+  local source
+  source=$(mktemp -d)
+  cp "$LIB_DIR/images/$1" "$source"
+  (
+    cd "$source" || exit
+    export GO111MODULE=on GOFLAGS='' GOTOOLCHAIN=local CGO_ENABLED=0
+    go mod init program 2>/dev/null
+    go build -trimpath -ldflags='-s -w' -o "$2" .
+  )
+  rm -rf "$source"
 }
 
 # A cluster's name server. It binds port 53 as root.
@@ -154,11 +197,12 @@ image_path() {
   local recipe file
   recipe=$({
     declare -f "image_$1" unpack skeleton add_user add_applets debootstrap_to
+    [[ $(declare -f "image_$1") != *go_program* ]] || declare -f go_program
     printf '%s\n' "$IMAGE_SUITE" "${SLIM_OPTIONS[@]}"
     cat "$LIB_DIR/oci.py"
     [[ $1 != coredns ]] || programs_path coredns
     for file in "$LIB_DIR"/images/*; do
-      [[ $(declare -f "image_$1") != *"/${file##*/}"* ]] || cat "$file"
+      [[ $(declare -f "image_$1") != *"${file##*/}"* ]] || cat "$file"
     done
   } | sha256sum)
   echo "$STERNA_CACHE/images/$1-${recipe:0:12}.tar"
