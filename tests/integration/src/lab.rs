@@ -177,6 +177,32 @@ impl Lab {
             .success();
     }
 
+    /// Brings images to a node, for its CRI.
+    pub fn import_for_pods(&self, node: &str, images: &[&str]) {
+        self.hack("images")
+            .args(&["import", "-n", "k8s.io", node])
+            .args(images)
+            .run()
+            .success();
+    }
+
+    /// Brings `crictl` to a node. Where it cannot be built, the node has none.
+    pub fn bring_crictl(&self, node: &str) {
+        const CANNOT: i32 = 77;
+        let built = self.hack("judge").arg("cri-tools").run();
+        if built.code() == CANNOT {
+            return;
+        }
+        let program = Path::new(built.success().trim()).join("crictl");
+        let program = std::fs::read(&program)
+            .unwrap_or_else(|error| panic!("cannot read {}: {error}", program.display()));
+        let install = "cat >/usr/local/bin/crictl && chmod 755 /usr/local/bin/crictl
+            echo 'runtime-endpoint: unix:///run/containerd/containerd.sock' >/etc/crictl.yaml";
+        self.node(node)
+            .exec_with(&["sh", "-c", install], &program)
+            .success();
+    }
+
     /// A node by its name.
     #[track_caller]
     pub fn node(&self, name: &str) -> &Node {

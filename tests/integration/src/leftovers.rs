@@ -28,6 +28,7 @@ files() {
 files /run/containerd/s -mindepth 1
 files /run/containerd/fifo -mindepth 1
 for dir in /run/containerd/runc /run/containerd/io.containerd.runtime.v2.task \
+  /run/containerd/io.containerd.grpc.v1.cri /var/lib/containerd/io.containerd.grpc.v1.cri \
   /var/lib/containerd/io.containerd.runtime.v2.task; do
   files $dir -mindepth 2
 done

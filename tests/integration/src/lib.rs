@@ -10,6 +10,7 @@
 
 mod cluster;
 mod container;
+mod cri;
 mod events;
 mod http;
 mod lab;
@@ -22,6 +23,7 @@ mod wait;
 
 pub use cluster::{Cluster, Deployment};
 pub use container::{Container, Running, STERNA, runtime};
+pub use cri::{Cri, Pod, PodContainer, RUNC_HANDLER, STERNA_HANDLER};
 pub use events::Events;
 pub use http::Http;
 pub use lab::{Lab, SharedLab, skip};
