@@ -28,6 +28,8 @@ const PACKET_BYTES: usize = 192 << 10;
 /// Which of CRIU's system calls are asked about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Asked {
+    /// None: CRIU is under no filter, and there is no listener.
+    Nothing,
     /// Limits of other processes only.
     Limits,
     /// Those and what has to do with memory.
@@ -52,7 +54,7 @@ pub(crate) enum ToHelper {
 /// Helper to session.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum FromHelper {
-    /// CRIU waits; the seccomp listener comes with this.
+    /// CRIU waits; the seccomp listener comes with this, where there is one.
     Ready,
     /// CRIU waits for an answer.
     Notify { action: String },

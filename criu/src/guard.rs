@@ -85,7 +85,7 @@ mod tests {
     #[test]
     fn a_call_is_answered_once_the_session_is_gone() {
         let (session, helper) = packet_pair().unwrap();
-        let program = filter(Asked::Memory).build();
+        let program = filter(Asked::Memory).unwrap().build();
         let (sender, receiver) = std::sync::mpsc::channel();
         let caller = thread::spawn(move || {
             match program.install() {

@@ -3,8 +3,8 @@
 //! libcriu keeps process-global state, and CRIU opens the directories that it is
 //! given through `/proc/<peer>/fd`, where the peer is whoever made the socket. So
 //! each dump has a process of its own: our binary, executed again. It makes the
-//! socket pair, executes `criu swrk` under a seccomp filter, passes the listener
-//! up, and then carries notifications and answers between CRIU and the session.
+//! socket pair, executes `criu swrk` (under a seccomp filter, whose listener it
+//! passes up, unless nothing is to be asked), and then carries notifications and answers between CRIU and the session.
 //!
 //! ```text
 //!  session ──SEQPACKET (fd 3)── helper ──SEQPACKET, libcriu── criu swrk
@@ -117,9 +117,12 @@ fn run(channel: &Channel) -> Result<(), HelperError> {
     };
     let library = Libcriu::load()?;
     let mut worker = Worker::spawn(&library, &criu, &search_path, asked)?;
-    guard::watch(channel, &worker.listener).map_err(HelperError::Guard)?;
+    if let Some(listener) = &worker.listener {
+        guard::watch(channel, listener).map_err(HelperError::Guard)?;
+    }
+    let listener: Vec<_> = worker.listener.iter().map(AsFd::as_fd).collect();
     channel
-        .send(&FromHelper::Ready, &[worker.listener.as_fd()])
+        .send(&FromHelper::Ready, &listener)
         .map_err(HelperError::Channel)?;
     let request = match channel.receive().map_err(HelperError::Channel)? {
         Some((ToHelper::Start(request), _)) => request,
@@ -137,7 +140,8 @@ fn run(channel: &Channel) -> Result<(), HelperError> {
 struct Worker {
     process: Child,
     socket: Option<OwnedFd>,
-    listener: Listener,
+    /// Where CRIU is under a filter.
+    listener: Option<Listener>,
 }
 
 impl Worker {
@@ -150,7 +154,8 @@ impl Worker {
         let (socket, criu_end) = packet_pair().map_err(HelperError::Socket)?;
         let (listener_end, child_end) = packet_pair().map_err(HelperError::Socket)?;
         let number = criu_end.as_raw_fd();
-        let program = filter(asked).build();
+        let program = filter(asked).map(|filter| filter.build());
+        let is_asked = program.is_some();
         let mut command = Command::new(criu);
         command
             .arg("swrk")
@@ -168,8 +173,10 @@ impl Worker {
                 &criu_end,
                 nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
             )?;
-            let listener = program.install()?;
-            sys::fdpass::send_with_fds(&child_end, b"L", &[listener.as_fd()])?;
+            if let Some(program) = &program {
+                let listener = program.install()?;
+                sys::fdpass::send_with_fds(&child_end, b"L", &[listener.as_fd()])?;
+            }
             Ok(())
         };
         // SAFETY: between fork and exec, in a process that has one thread: nobody
@@ -182,13 +189,18 @@ impl Worker {
             program: criu.to_owned(),
             source,
         })?;
-        let (_, mut files) = sys::fdpass::recv_with_fds(&listener_end, &mut [0])
-            .map_err(|_| HelperError::Listener)?;
-        let listener = files.pop().ok_or(HelperError::Listener)?;
+        let listener = match is_asked {
+            false => None,
+            true => {
+                let (_, mut files) = sys::fdpass::recv_with_fds(&listener_end, &mut [0])
+                    .map_err(|_| HelperError::Listener)?;
+                Some(files.pop().ok_or(HelperError::Listener)?)
+            }
+        };
         Ok(Self {
             process,
             socket: Some(socket),
-            listener: listener.into(),
+            listener: listener.map(Listener::from),
         })
     }
 

@@ -18,7 +18,7 @@
 //! asked about, so that CRIU can start programs and reach the freezer whatever
 //! happens to us.
 
-mod limits;
+pub(crate) mod limits;
 mod ptrace;
 mod scan;
 
@@ -54,8 +54,9 @@ const PTRACE_SECCOMP_GET_METADATA: u32 = 0x420d;
 /// Bytes after which a mapping may end.
 const PAGE_BYTES: u64 = 4096;
 
-/// The calls of CRIU that an [`Interceptor`] is asked about.
-pub(crate) fn filter(asked: Asked) -> Filter {
+/// The calls of CRIU that an [`Interceptor`] is asked about; none where it is to be
+/// under no filter.
+pub(crate) fn filter(asked: Asked) -> Option<Filter> {
     let request = |number| (0, Condition::WordIs(number));
     // Alone, or with PTRACE_O_TRACESYSGOOD, which CRIU has set by then.
     let suspend = Condition::WordHas(libc::PTRACE_O_SUSPEND_SECCOMP as u32);
@@ -72,16 +73,19 @@ pub(crate) fn filter(asked: Asked) -> Filter {
         .ask(libc::SYS_ptrace, &[request(PTRACE_SECCOMP_GET_FILTER)])
         .ask(libc::SYS_ptrace, &[request(PTRACE_SECCOMP_GET_METADATA)]);
     match asked {
-        Asked::Limits => filter,
-        Asked::Memory => filter
-            .ask(libc::SYS_ioctl, &[(1, Condition::WordIs(PAGEMAP_SCAN))])
-            .ask(
-                libc::SYS_openat,
-                &[
-                    (0, Condition::WordIsNot(libc::AT_FDCWD as u32)),
-                    (2, Condition::WordLacks(NOT_SMAPS as u32)),
-                ],
-            ),
+        Asked::Nothing => None,
+        Asked::Limits => Some(filter),
+        Asked::Memory => Some(
+            filter
+                .ask(libc::SYS_ioctl, &[(1, Condition::WordIs(PAGEMAP_SCAN))])
+                .ask(
+                    libc::SYS_openat,
+                    &[
+                        (0, Condition::WordIsNot(libc::AT_FDCWD as u32)),
+                        (2, Condition::WordLacks(NOT_SMAPS as u32)),
+                    ],
+                ),
+        ),
     }
 }
 

@@ -233,7 +233,7 @@ fn check(pid: i32, chain: &[Filter]) -> Result<(), SeccompError> {
 
 /// The threads of a process and of all processes below it, which is what CRIU
 /// dumps.
-fn tasks_below(root: i32) -> Result<Vec<i32>, SeccompError> {
+pub(crate) fn tasks_below(root: i32) -> Result<Vec<i32>, SeccompError> {
     let mut tasks = Vec::new();
     let mut open = vec![root];
     while let Some(pid) = open.pop() {

@@ -15,9 +15,10 @@ use crate::Interceptor;
 use crate::channel::{Asked, Channel, Ending, FromHelper, ToHelper, packet_pair};
 use crate::freezer::{Freezer, FreezerError};
 use crate::helper::SESSION_FD;
+use crate::intercept::limits;
 use crate::log;
 use crate::request::DumpRequest;
-use crate::seccomp::{SeccompError, SeccompFilters, SeccompSlot};
+use crate::seccomp::{SeccompError, SeccompFilters, tasks_below};
 use crate::version::Tools;
 
 /// The argument that makes a program a helper.
@@ -204,7 +205,9 @@ impl DumpSession {
         };
         session.send(&prepare)?;
         match session.receive(PREPARE_TIMEOUT)? {
-            (FromHelper::Ready, Some(listener)) => session.listener = Some(listener),
+            (FromHelper::Ready, listener) if listener.is_some() == (asked != Asked::Nothing) => {
+                session.listener = listener;
+            }
             _ => return Err(DumpError::OutOfTurn),
         }
         Ok(session)
@@ -330,19 +333,55 @@ impl DumpSession {
 /// A whole dump at one go: for checkpoints. Blocks until it is done. Not to be
 /// called by a process under seccomp.
 ///
+/// CRIU is under no filter, as runc's is, unless it may not read the limits of
+/// one of the processes (of another user, without `CAP_SYS_RESOURCE`). Only then has
+/// it to be helped, and with it what comes of a tracer that is under a filter: the
+/// container's own filters have to be read beforehand.
+///
 /// # Errors
 ///
 /// As for [`DumpSession`].
 pub fn checkpoint(program: &Path, tools: &Tools, request: &DumpRequest) -> Result<(), DumpError> {
+    match may_read_limits(request.pid)? {
+        true => unfiltered(program, tools, request),
+        false => filtered(program, tools, request),
+    }
+}
+
+/// Whether CRIU, who has our rights, may read the limits of every process.
+fn may_read_limits(root: i32) -> Result<bool, DumpError> {
+    let mut tasks = tasks_below(root)?.into_iter();
+    Ok(!tasks.any(|tid| limits::is_refused(tid, libc::RLIMIT_NOFILE as _)))
+}
+
+fn unfiltered(program: &Path, tools: &Tools, request: &DumpRequest) -> Result<(), DumpError> {
+    let mut session = DumpSession::spawn_asking(program, tools, Asked::Nothing)?;
+    let dumped = answer_all(&mut session, request, || Ok(()));
+    let helper = session.helper.take();
+    drop(session);
+    if let Some(mut helper) = helper {
+        // It ends when CRIU has undone the dump. Only its messages counted.
+        drop(helper.wait());
+    }
+    dumped
+}
+
+fn filtered(program: &Path, tools: &Tools, request: &DumpRequest) -> Result<(), DumpError> {
     // Refused before anything is started, where it has to be.
-    let filters = read_filters(request)?;
+    let mut filters = read_filters(request)?;
     let mut session = DumpSession::spawn_asking(program, tools, Asked::Limits)?;
     let listener = session.take_listener().ok_or(DumpError::OutOfTurn)?;
     let interceptor = Interceptor::new(listener);
     let slot = interceptor.seccomp();
     thread::scope(|scope| {
         let watching = scope.spawn(|| interceptor.run());
-        let dumped = answer_all(&mut session, request, filters, &slot);
+        let dumped = answer_all(&mut session, request, || {
+            // What was started meanwhile, if anything could be; on an error the
+            // session is dropped.
+            filters.update(request.pid)?;
+            slot.set(filters);
+            Ok(())
+        });
         // Lets CRIU go, whatever happened, so that the thread ends.
         drop(session);
         // What the interceptor could not do shows in CRIU's log, as a failure.
@@ -366,22 +405,19 @@ fn read_filters(request: &DumpRequest) -> Result<SeccompFilters, DumpError> {
     Ok(filters?)
 }
 
+/// Lets CRIU do all that it wants; `before` is called before it seizes the tasks.
 fn answer_all(
     session: &mut DumpSession,
     request: &DumpRequest,
-    filters: SeccompFilters,
-    slot: &SeccompSlot,
+    before: impl FnOnce() -> Result<(), DumpError>,
 ) -> Result<(), DumpError> {
     session.start(request)?;
-    let mut filters = Some(filters);
+    let mut before = Some(before);
     while let DumpEvent::Notify(action) = session.next(CHECKPOINT_TIMEOUT)? {
         if action == Action::PreDump
-            && let Some(mut filters) = filters.take()
+            && let Some(before) = before.take()
         {
-            // What was started meanwhile, if anything could be; on an error the
-            // session is dropped.
-            filters.update(request.pid)?;
-            slot.set(filters);
+            before()?;
         }
         session.answer(true)?;
     }

@@ -31,9 +31,7 @@ const ANSWER_BYTES: u64 = 64 << 10;
 /// What the executed program is to do.
 #[derive(Debug, Serialize, Deserialize)]
 struct Job {
-    runc: PathBuf,
     runc_root: PathBuf,
-    init_pid: u32,
     id: String,
     images: PathBuf,
     work_dir: PathBuf,
@@ -93,8 +91,6 @@ async fn dump(
         shell_job: options.terminal,
     };
     let job = Job {
-        runc: container.runc.program().to_owned(),
-        init_pid: container.init.pid(),
         runc_root: container.runc.root().to_owned(),
         id: container.id.clone(),
         images: images.to_owned(),
@@ -199,9 +195,6 @@ fn perform(job: &Job) -> Answer {
         Ok(tools) => tools,
         Err(missing) => return Answer::Unavailable(chain(&missing)),
     };
-    if is_under_seccomp(job.init_pid) {
-        return perform_by_runc(job);
-    }
     let container = criu::RuncContainer {
         runc_root: job.runc_root.clone(),
         id: job.id.clone(),
@@ -226,49 +219,6 @@ fn perform(job: &Job) -> Answer {
     }
 }
 
-/// Whether a process has a seccomp profile. The kernel does not let CRIU dump
-/// one that has while CRIU itself is under seccomp, as it is for libcriu's
-/// helper, which has CRIU's reads of resource limits answered.
-fn is_under_seccomp(pid: u32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/status"))
-        .unwrap_or_default()
-        .lines()
-        .filter_map(|line| line.strip_prefix("Seccomp:"))
-        .any(|mode| mode.trim() != "0")
-}
-
-/// The same dump by runc, whose CRIU is under no seccomp. It needs
-/// CAP_SYS_RESOURCE for processes that are not root's.
-fn perform_by_runc(job: &Job) -> Answer {
-    let mut command = Command::new(&job.runc);
-    command.arg("--root").arg(&job.runc_root);
-    command.arg("checkpoint");
-    command.arg("--image-path").arg(&job.images);
-    command.arg("--work-path").arg(&job.work_dir);
-    command.args(restore::flags(job.flags));
-    for namespace in &job.empty_namespaces {
-        command.arg("--empty-ns").arg(namespace);
-    }
-    if !job.exit {
-        command.arg("--leave-running");
-    }
-    command.arg(&job.id);
-    let output = match command.output() {
-        Ok(output) => output,
-        Err(error) => {
-            return Answer::Failed(format!("cannot run {}: {error}", job.runc.display()));
-        }
-    };
-    if output.status.success() {
-        return Answer::Done;
-    }
-    let logged = criu::first_error(&job.work_dir.join(criu::DUMP_LOG));
-    Answer::Failed(match logged {
-        Ok(Some(line)) => format!("criu cannot dump the container: {line}"),
-        _ => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -276,9 +226,7 @@ mod tests {
     #[test]
     fn a_job_and_its_answer_survive_the_pipes() {
         let job = Job {
-            runc: "runc".into(),
             runc_root: "/run/runc".into(),
-            init_pid: 7,
             id: "web".into(),
             images: "/images".into(),
             work_dir: "/work".into(),
@@ -294,10 +242,5 @@ mod tests {
             serde_json::from_slice(&text).unwrap(),
             Answer::Unavailable(reason) if reason == "no criu"
         ));
-    }
-
-    #[test]
-    fn a_process_that_is_gone_is_not_under_seccomp() {
-        assert!(!is_under_seccomp(u32::MAX));
     }
 }

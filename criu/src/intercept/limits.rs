@@ -46,14 +46,19 @@ impl Limit {
     }
 }
 
-/// The limit of another process that prlimit(2) does not tell; `None` where it
-/// does, or where nothing does.
-pub(super) fn refused(pid: i32, resource: u32) -> Option<Limit> {
+/// Whether prlimit(2) refuses to tell us, and CRIU, a limit of another process.
+pub(crate) fn is_refused(pid: i32, resource: u32) -> bool {
     // SAFETY: asks for nothing and about nothing but the permission: with two null
     // pointers the kernel reads and writes no memory of ours.
     let asked =
         unsafe { libc::prlimit64(pid, resource as _, std::ptr::null(), std::ptr::null_mut()) };
-    if asked == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EPERM) {
+    asked != 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EPERM)
+}
+
+/// The limit of another process that prlimit(2) does not tell; `None` where it
+/// does, or where nothing does.
+pub(super) fn refused(pid: i32, resource: u32) -> Option<Limit> {
+    if !is_refused(pid, resource) {
         return None;
     }
     let text = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
