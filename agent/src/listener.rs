@@ -1,5 +1,5 @@
-//! The one TCP port: connections of migrations go to the engines, the others are
-//! other sternads'.
+//! The one TCP port: connections of migrations go to the engines, or are answered in
+//! the place of one that is gone; the others are other sternads'.
 //!
 //! Whoever can reach the port can connect. Until a client has shown a certificate
 //! it costs one slot, one buffer of 16 KiB and a few seconds at most, and its bytes
@@ -21,6 +21,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 
+use crate::answers;
 use crate::node::Node;
 
 /// TLS after the hello has come: two round trips and a signature.
@@ -129,30 +130,56 @@ pub(crate) fn accept(
 }
 
 async fn route(
-    node: &Node,
+    node: &Arc<Node>,
     tls: &TlsAcceptor,
     stream: TcpStream,
     slot: OwnedSemaphorePermit,
 ) -> anyhow::Result<Option<PeerStream>> {
     stream.set_nodelay(true)?;
     let server_name = identity::sni::peek(&stream).await?;
-    if let Some(ticket_id) = server_name.as_deref().and_then(identity::parse_ticket_name) {
-        hand_over(node, ticket_id, stream).await?;
+    let Some(ticket_id) = server_name.as_deref().and_then(identity::parse_ticket_name) else {
+        return welcome(tls, stream, slot).await.map(Some);
+    };
+    let Err((stream, error)) = hand_over(node, ticket_id, stream).await else {
         return Ok(None);
-    }
+    };
+    let Some(source_node) = answers::source_node(&node.run_dir, ticket_id)? else {
+        reject(stream).await?;
+        return Err(error);
+    };
+    let stream = welcome(tls, stream, slot).await?;
+    anyhow::ensure!(
+        *stream.node.0 == *source_node,
+        "node {} asks about a ticket of node {source_node}",
+        stream.node.0
+    );
+    answers::serve(Arc::clone(node), ticket_id, stream).await?;
+    Ok(None)
+}
+
+/// Ends TLS; whoever has no certificate does not come further.
+async fn welcome(
+    tls: &TlsAcceptor,
+    stream: TcpStream,
+    slot: OwnedSemaphorePermit,
+) -> anyhow::Result<PeerStream> {
     let stream = timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await??;
     let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
     let peer = identity::peer_node(certificates)?;
-    Ok(Some(PeerStream {
+    Ok(PeerStream {
         stream,
         node: PeerNode(peer.into()),
         _slot: slot,
-    }))
+    })
 }
 
 /// Gives the connection to the engine that waits for this ticket. That engine
-/// checks certificate and secret.
-async fn hand_over(node: &Node, ticket_id: &str, stream: TcpStream) -> anyhow::Result<()> {
+/// checks certificate and secret. Where there is none the connection comes back.
+async fn hand_over(
+    node: &Node,
+    ticket_id: &str,
+    stream: TcpStream,
+) -> Result<(), (TcpStream, anyhow::Error)> {
     let socket = node.run_dir.ticket_socket(ticket_id);
     let give = async {
         let engine = UnixStream::connect(&socket).await?;
@@ -162,21 +189,17 @@ async fn hand_over(node: &Node, ticket_id: &str, stream: TcpStream) -> anyhow::R
             })
             .await
     };
-    match timeout(HAND_OVER_TIMEOUT, give).await {
+    let error = match timeout(HAND_OVER_TIMEOUT, give).await {
         Ok(Ok(_)) => {
             tracing::debug!(ticket_id, "handed a connection over");
-            Ok(())
+            return Ok(());
         }
         Ok(Err(error)) => {
-            reject(stream).await?;
-            Err(anyhow::Error::from(error)
-                .context(format!("no engine waits for ticket {ticket_id}")))
+            anyhow::Error::from(error).context(format!("no engine waits for ticket {ticket_id}"))
         }
-        Err(_) => {
-            reject(stream).await?;
-            anyhow::bail!("the engine of ticket {ticket_id} takes no connections")
-        }
-    }
+        Err(_) => anyhow::anyhow!("the engine of ticket {ticket_id} takes no connections"),
+    };
+    Err((stream, error))
 }
 
 /// Ends a connection whose ticket nobody knows in a way that its client can tell

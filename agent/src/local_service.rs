@@ -12,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::arrivals::Arrivals;
-use crate::departures::{Departures, find_record};
+use crate::departures::{Departures, commit_of, find_record};
 use crate::doctor;
 use crate::node::Node;
 use crate::process;
@@ -44,6 +44,10 @@ impl LocalService {
                 let order = &departure.order;
                 (order.migration_id.clone(), order.destination.to_string())
             }
+            // Nobody watches it, but it is known where to.
+            None if record.state == RunState::Undecided => commit_of(&self.node, &record)
+                .map(|commit| (commit.migration_id, commit.destination_node))
+                .unwrap_or_default(),
             None => self
                 .arrivals
                 .find(&record.namespace, &record.id)
@@ -124,6 +128,16 @@ impl Agent for LocalService {
         Ok(Response::new(pb::CancelResponse {
             migration_id: departure.order.migration_id.clone(),
         }))
+    }
+
+    async fn release(
+        &self,
+        request: Request<pb::ReleaseRequest>,
+    ) -> Result<Response<pb::ReleaseResponse>, Status> {
+        self.departures
+            .release(request.into_inner())
+            .await
+            .map(Response::new)
     }
 
     async fn doctor(

@@ -12,10 +12,12 @@
 //! peer           calls to other nodes         facts       what this node is
 //! peer_service   calls from other nodes       probe       what its kernel can do
 //! local_service  calls from the command line
+//! answers        what is said in the place of an engine that is gone
 //! arrivals       containers on their way here
 //! departures     containers on their way from here
 //! ```
 
+mod answers;
 mod arrivals;
 mod cgroup;
 mod clock;

@@ -62,7 +62,7 @@ pub(crate) fn clean_files(node: &Node) -> io::Result<()> {
     let busy = records.iter().any(|record| {
         matches!(
             record.state,
-            RunState::Receiving | RunState::Settling | RunState::Sending
+            RunState::Receiving | RunState::Settling | RunState::Sending | RunState::Undecided
         ) && process::is_alive(record.shim_pid)
     });
     // Whose staged files they are cannot be seen: they wait for a quiet moment.

@@ -44,6 +44,8 @@ States:
   created, running, paused, stopped   as containerd has them
   checkpointing                       a checkpoint is being written
   sending, receiving                  on its way to or from another node
+  undecided                           handed over to a node that does not answer: it
+                                      stands still here until that does (sterna release)
   settling                            runs here, memory is still being filled in
   lost                                its shim is dead"
     )]
@@ -68,6 +70,26 @@ Example:
 
 Fails once the container has been handed over.")]
     Cancel(Cancel),
+    /// Decide about a container that is undecided: its other node is gone for good.
+    #[command(after_help = "\
+A container that was handed over stands still here until the other node says that
+it runs there, or that it does not and never will. sternad and the engines find that
+out by themselves as soon as that node, its sternad and the way to it are back. Say it
+yourself only if they will not be, and only if you have MADE SURE of it:
+
+  --handed-back   It does not run on the other node and never will: that node is
+                  switched off or was reinstalled, or its containerd has no such
+                  container and it has been rebooted. The container goes on here.
+                  If you are wrong, two copies run, and both write.
+  --gone          It runs on the other node, or ran there. Its copy here is ended.
+                  If you are wrong, the container and its memory are lost.
+
+Anything but an undecided container is refused (sterna ps shows the state).
+
+Examples:
+  sterna release web --handed-back
+  sterna release web --gone")]
+    Release(Release),
     /// Can this node, this pair of nodes, this container do it? If not, why?
     #[command(after_help = "\
 Examples:
@@ -111,6 +133,27 @@ pub(crate) struct Cancel {
     /// The container.
     #[arg(value_name = "NAME")]
     pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Release {
+    /// The container.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) verdict: Verdict,
+}
+
+/// Exactly one of them: none is the default.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Verdict {
+    /// It does not run on the other node and never will: let it go on here.
+    #[arg(long)]
+    pub(crate) handed_back: bool,
+    /// It is the other node's: end its copy here.
+    #[arg(long)]
+    pub(crate) gone: bool,
 }
 
 #[derive(Debug, Args)]
@@ -196,6 +239,19 @@ mod tests {
                 .exit_code(),
             2
         );
+    }
+
+    #[test]
+    fn a_release_says_one_thing_and_none_by_default() {
+        let arguments = parse("sterna release web --gone").unwrap();
+        let Command::Release(release) = arguments.command else {
+            panic!()
+        };
+        assert!(release.verdict.gone && !release.verdict.handed_back);
+        for wrong in ["", " --gone --handed-back"] {
+            let line = format!("sterna release web{wrong}");
+            assert_eq!(parse(&line).unwrap_err().exit_code(), 2, "{line}");
+        }
     }
 
     #[test]

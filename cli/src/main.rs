@@ -11,6 +11,7 @@ mod exit;
 mod format;
 mod migrate;
 mod ps;
+mod release;
 mod report;
 
 use std::process::ExitCode;
@@ -27,6 +28,7 @@ async fn main() -> ExitCode {
         Command::Ps(command) => ps::run(&arguments, command).await,
         Command::Migrate(command) => migrate::run(&arguments, command).await,
         Command::Cancel(command) => cancel::run(&arguments, command).await,
+        Command::Release(command) => release::run(&arguments, command).await,
         Command::Doctor(command) => doctor::run(&arguments, command).await,
     };
     match result {

@@ -119,6 +119,13 @@ impl Container {
         Ok(criu::dump_request_for_runc(&self.runc, options)?)
     }
 
+    /// What an engine before this one has frozen, or has not.
+    pub(crate) fn left_frozen(&self) -> Frozen {
+        Frozen {
+            freezer: self.freezer.clone(),
+        }
+    }
+
     /// Stops every process; they stand still when this returns. Blocks, for 0.1
     /// to 10 ms as a rule, on purpose: a freeze that went on after its caller was
     /// dropped would stop a container that nobody thaws.

@@ -13,9 +13,11 @@
 //! | [`streams`], [`files`] | pages and files on their way |
 //! | [`container`], [`dump`] | the container as the sender sees it: freezer, processes, CRIU |
 //! | [`memory`] | the page server of a restore |
+//! | [`arrival`] | what a receiver has on disk about its ticket |
 //! | [`progress`] | what is told to sternad |
 //! | [`ipc`] | what is told to the shim |
 
+mod arrival;
 mod container;
 mod dump;
 mod files;
@@ -75,6 +77,7 @@ async fn run() -> anyhow::Result<()> {
     let (job, shim, messages) = ipc::open(socket)?;
     match job {
         ToEngine::Send(job) => send::run(*job, shim, messages).await?,
+        ToEngine::Recover(job) => send::recover(*job, shim).await?,
         ToEngine::Receive(job) => receive::run(*job, shim, messages).await?,
         other => anyhow::bail!("the shim began with {other:?}"),
     }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use pages::{FillOptions, FillReport, LazyError, LazyEvent, LazyServer, Staging};
 use tokio::sync::mpsc;
 
+use crate::arrival::Arrival;
 use crate::ipc::ToShim;
 
 /// Why memory is not in place.
@@ -53,18 +54,22 @@ pub(crate) struct Memory {
 
 impl Memory {
     /// Listens in CRIU's work directory and serves from `staging`. Every
-    /// userfaultfd is passed on to the shim before it is used.
+    /// userfaultfd is passed on to the shim before it is used, and that the tasks
+    /// are let go is written to `arrival` as soon as CRIU says that it is about to:
+    /// it does not wait for an answer.
     pub(crate) fn serve(
         work_dir: &Path,
         staging: &Arc<Staging>,
         shim: &ToShim,
+        arrival: &Arrival,
     ) -> Result<Self, MemoryError> {
         let server = LazyServer::bind(work_dir).map_err(|source| MemoryError::Listen {
             path: work_dir.to_owned(),
             source,
         })?;
         let (report, reports) = mpsc::unbounded_channel();
-        let (staging, shim) = (Arc::clone(staging), shim.clone());
+        let (staging, shim, arrival) = (Arc::clone(staging), shim.clone(), arrival.clone());
+        let canceller = server.canceller();
         let serve = move || {
             let outcome = server.run(&staging, FillOptions::default(), &mut |event| match event {
                 LazyEvent::Handed { guard, .. } => {
@@ -74,8 +79,18 @@ impl Memory {
                         tracing::error!(%error, "the shim did not take a guard");
                     }
                 }
-                // A receiver that is gone ended the process.
-                LazyEvent::RestoreFinished => drop(report.send(Report::LetGo)),
+                LazyEvent::RestoreFinished => match arrival.ran() {
+                    // A receiver that is gone ended the process.
+                    Ok(true) => drop(report.send(Report::LetGo)),
+                    // Whoever gave the restore up kills the tasks. Unserved they
+                    // wait for that.
+                    Ok(false) => canceller.cancel(),
+                    Err(error) => {
+                        let error = crate::error_chain(&error);
+                        tracing::error!(error, "the tasks are not let go unrecorded");
+                        canceller.cancel();
+                    }
+                },
                 LazyEvent::Filled => {}
             });
             drop(report.send(Report::Ended(outcome)));

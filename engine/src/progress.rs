@@ -8,8 +8,8 @@ use futures::stream::{self, BoxStream, StreamExt};
 use proto::engine::engine_server::{Engine, EngineServer};
 use proto::engine::progress::Event;
 use proto::engine::{
-    CancelRequest, CancelResponse, Finished, HandBackRequest, HandBackResponse, PhaseBegun,
-    Progress, WatchRequest,
+    CancelRequest, CancelResponse, Finished, HandBackRequest, HandBackResponse, LetGoRequest,
+    LetGoResponse, PhaseBegun, Progress, WatchRequest,
 };
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, oneshot, watch};
@@ -22,6 +22,16 @@ const LAST_WORD: Duration = Duration::from_secs(20);
 /// How long the last event may take to a watcher that has asked for it.
 const FLUSH: Duration = Duration::from_secs(2);
 
+/// What somebody else vouches for after the commit, in place of the destination's
+/// engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Word {
+    /// The container does not run there and will not.
+    HandedBack(String),
+    /// It is the other node's, or was.
+    Gone(String),
+}
+
 /// The history of one migration: written by the engine, read by any number of
 /// watchers from its beginning.
 #[derive(Debug, Clone)]
@@ -33,7 +43,7 @@ struct Shared {
     history: Mutex<Vec<Progress>>,
     length: watch::Sender<usize>,
     cancel: watch::Sender<Option<String>>,
-    handed_back: watch::Sender<Option<String>>,
+    word: watch::Sender<Option<Word>>,
     committed: watch::Sender<bool>,
     heard: Notify,
 }
@@ -45,7 +55,7 @@ impl Log {
             history: Mutex::new(Vec::new()),
             length: watch::Sender::new(0),
             cancel: watch::Sender::new(None),
-            handed_back: watch::Sender::new(None),
+            word: watch::Sender::new(None),
             committed: watch::Sender::new(false),
             heard: Notify::new(),
         }))
@@ -112,14 +122,17 @@ impl Log {
         }
     }
 
-    /// Resolves with the reason once the destination's node vouches that the
-    /// container does not run there and will not.
-    pub(crate) async fn handed_back(&self) -> String {
-        let mut handed_back = self.0.handed_back.subscribe();
-        match handed_back.wait_for(Option::is_some).await {
-            Ok(reason) => reason.clone().unwrap_or_default(),
+    /// Resolves once somebody vouches for what became of the container.
+    pub(crate) async fn word(&self) -> Word {
+        let mut word = self.0.word.subscribe();
+        match word
+            .wait_for(Option::is_some)
+            .await
+            .map(|word| word.clone())
+        {
+            Ok(Some(word)) => word,
             // The sender lives in `self`.
-            Err(_) => std::future::pending().await,
+            Ok(None) | Err(_) => std::future::pending().await,
         }
     }
 
@@ -237,11 +250,25 @@ impl Engine for Log {
     ) -> Result<Response<HandBackResponse>, Status> {
         let reason = request.into_inner().reason;
         if *self.0.committed.borrow() {
-            self.0.handed_back.send_replace(Some(reason));
+            self.0.word.send_replace(Some(Word::HandedBack(reason)));
         } else {
             Log::cancel(self, reason);
         }
         Ok(Response::new(HandBackResponse {}))
+    }
+
+    async fn let_go(
+        &self,
+        request: Request<LetGoRequest>,
+    ) -> Result<Response<LetGoResponse>, Status> {
+        if !*self.0.committed.borrow() {
+            return Err(Status::failed_precondition(
+                "the container is not committed to the destination: it runs here",
+            ));
+        }
+        let reason = request.into_inner().reason;
+        self.0.word.send_replace(Some(Word::Gone(reason)));
+        Ok(Response::new(LetGoResponse {}))
     }
 }
 

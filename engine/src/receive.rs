@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
+use crate::arrival::Arrival;
 use crate::ipc::ToShim;
 use crate::link::{self, MESSAGE_BYTES, Reception};
 use crate::memory::{Memory, MemoryError, MemoryNews};
@@ -52,6 +53,8 @@ pub(crate) enum ReceiveError {
     Shim(#[from] crate::ipc::IpcError),
     #[error("the shim is gone")]
     ShimGone,
+    #[error("cannot begin the arrival record")]
+    Record(#[from] nodeapi::FileError),
     #[error("cannot take connections")]
     Link(#[from] link::LinkError),
     #[error("the source did not {what} within {} s", limit.as_secs())]
@@ -89,6 +92,7 @@ impl ReceiveError {
             Self::File { .. }
             | Self::Shim(_)
             | Self::ShimGone
+            | Self::Record(_)
             | Self::Link(_)
             | Self::Damaged(_)
             | Self::Version(_)
@@ -146,6 +150,7 @@ async fn receive(
         layer: incoming.upperdir.clone(),
         images: images.clone(),
     };
+    let arrival = Arrival::open(dir, &job)?;
     let (service, arrived, sessions) =
         Service::new(incoming.ticket.clone(), Arc::clone(&staging), trees);
     let reception = Reception::open(
@@ -170,6 +175,7 @@ async fn receive(
         work_dir,
         switch,
         staging,
+        arrival,
         arrived,
         sessions,
         messages,
@@ -202,6 +208,7 @@ struct Receiver {
     work_dir: PathBuf,
     switch: Option<Switch>,
     staging: Arc<Staging>,
+    arrival: Arrival,
     arrived: watch::Receiver<Arrived>,
     sessions: mpsc::Receiver<Session>,
     messages: mpsc::UnboundedReceiver<ToEngine>,
@@ -223,6 +230,7 @@ impl Receiver {
             Err(error) => {
                 let phase = self.state.phase().map_or("", Phase::name);
                 self.advance(error.event());
+                self.arrival.fence().await;
                 let reason = crate::error_chain(&error);
                 session
                     .say(ToSource::Failed(pb::Failed {
@@ -237,7 +245,7 @@ impl Receiver {
             Ok(session) => session,
             Err(error) => {
                 self.fail(&error);
-                self.answer_with_hand_back(None, &error).await;
+                self.hand_back(None, &error).await;
                 return Err(error);
             }
         };
@@ -246,12 +254,13 @@ impl Receiver {
         self.advance(Event::Commit);
         match self.restore(flags, prepare, &mut session).await {
             Ok(filling) => self.settle(session, filling).await,
-            // Whether it runs only the shim could say.
-            Err(ReceiveError::ShimGone) => Err(ReceiveError::ShimGone),
-            Err(error) if self.state == State::Restoring => {
+            // Whoever cleans up after the shim makes sure that nothing is left, and
+            // then fences.
+            Err(error @ (ReceiveError::ShimGone | ReceiveError::Shim(_))) => Err(error),
+            Err(error) if matches!(self.state, State::Restoring | State::Undoing) => {
                 // The shim answers only when nothing of the restore is left.
                 self.advance(Event::RestoreFailed);
-                self.answer_with_hand_back(Some(session), &error).await;
+                self.hand_back(Some(session), &error).await;
                 Err(error)
             }
             // It has run: the source must not let it run again.
@@ -471,7 +480,7 @@ impl Receiver {
         session: &mut Session,
     ) -> Result<Filling, ReceiveError> {
         let begun = Instant::now();
-        let mut memory = Memory::serve(&self.work_dir, &self.staging, &self.shim)?;
+        let mut memory = Memory::serve(&self.work_dir, &self.staging, &self.shim, &self.arrival)?;
         self.shim.send(&FromEngine::Restore(RestoreOrder {
             images: self.images.clone(),
             work_dir: self.work_dir.clone(),
@@ -480,8 +489,9 @@ impl Receiver {
         }))?;
         let limit = tokio::time::sleep(Phase::Resume.timeout());
         tokio::pin!(limit);
-        let mut abandoned = false;
+        let mut late = false;
         let mut give_up = None;
+        let mut restored = None;
         loop {
             tokio::select! {
                 news = memory.next() => match news {
@@ -499,18 +509,25 @@ impl Receiver {
                     }
                     MemoryNews::Filled => {}
                     // Whatever is restored would wait for its memory for ever.
-                    MemoryNews::Failed => give_up = Some("the page server failed".to_owned()),
+                    MemoryNews::Failed if self.state == State::Restoring => {
+                        give_up = Some("the page server failed".to_owned());
+                    }
+                    MemoryNews::Failed if self.state == State::Undoing => {}
+                    MemoryNews::Failed => drop(memory.filled().await?),
                 },
                 message = self.messages.recv() => match message {
                     Some(ToEngine::Restored { pid }) => {
-                        let running = pb::Running {
+                        restored = Some(pb::Running {
                             pid,
                             restore_us: micros(begun.elapsed()),
                             prepare_us: micros(prepare),
-                        };
-                        return Ok(Filling { memory, running });
+                        });
                     }
                     Some(ToEngine::RestoreFailed { reason }) => {
+                        // The page server may have heard more than this loop.
+                        if !self.arrival.give_up() && self.state == State::Restoring {
+                            self.advance(Event::LetGo);
+                        }
                         return Err(ReceiveError::Restore(reason));
                     }
                     // Too late to give up: the source has committed.
@@ -521,14 +538,25 @@ impl Receiver {
                 // A source that lost its session asks again; the answer is due
                 // when it is known.
                 Some(reopened) = self.sessions.recv() => *session = reopened,
-                () = &mut limit, if !abandoned => {
+                () = &mut limit, if !late => {
+                    late = true;
                     give_up = Some(format!("it took longer than {:?}", Phase::Resume.timeout()));
                 }
             }
-            if let Some(reason) = give_up.take_if(|_| !abandoned) {
-                abandoned = true;
-                tracing::error!(reason, "the restore is given up");
-                self.shim.send(&FromEngine::AbandonRestore { reason })?;
+            if let Some(reason) = give_up.take() {
+                tracing::error!(reason, "the restore is given up, if it is not too late");
+                if self.state == State::Restoring && self.arrival.give_up() {
+                    self.advance(Event::LocalFailure);
+                    self.shim.send(&FromEngine::AbandonRestore { reason })?;
+                } else if self.state != State::Undoing {
+                    // It has run, whether runc returns or not.
+                    session.say(ToSource::Running(pb::Running::default())).await;
+                }
+            }
+            // runc may be heard before the page server.
+            let runs = matches!(self.state, State::Resuming | State::Placed);
+            if let Some(running) = restored.take_if(|_| runs) {
+                return Ok(Filling { memory, running });
             }
         }
     }
@@ -573,9 +601,10 @@ impl Receiver {
         }
     }
 
-    /// Nothing runs here and nothing will: the source may have it back. It is
-    /// told now, and again whenever it asks.
-    async fn answer_with_hand_back(&mut self, session: Option<Session>, error: &ReceiveError) {
+    /// Nothing runs here and nothing will: the source may have it back. That is
+    /// written down, then it is told, and again whenever it asks.
+    async fn hand_back(&mut self, session: Option<Session>, error: &ReceiveError) {
+        self.arrival.fence().await;
         let answer = pb::HandedBack {
             reason: crate::error_chain(error),
         };

@@ -6,12 +6,14 @@
 //! failure there, and every reason to stop, leaves through one place,
 //! [`Sender::unwind`], whose contract is: whatever was done, afterwards the
 //! container runs as if nothing had happened. [`Sender::commit`] is the point
-//! after which this process never lets it run again by itself.
+//! after which this process never lets it run again by itself. Where an engine
+//! died, the next one begins in [`Sender::recover`].
 
 mod commit;
 mod copier;
 mod freeze;
 mod precopy;
+mod recover;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -47,6 +49,26 @@ pub(crate) async fn run(
     shim: ToShim,
     messages: mpsc::UnboundedReceiver<ToEngine>,
 ) -> Result<(), SendError> {
+    serve(job, shim, async |sender| sender.run(messages).await).await
+}
+
+/// Brings to its end what an engine with this job had begun; the process ends with
+/// this. An error without a last word to the shim means that nothing was decided:
+/// another engine has to try.
+pub(crate) async fn recover(job: SendJob, shim: ToShim) -> Result<(), SendError> {
+    let dir = RunDir::default();
+    let record = nodeapi::commit::read(&dir, &job.migration_id).map_err(SendError::Record)?;
+    // Of the engine that died.
+    drop(fs::remove_file(dir.engine_socket(&job.migration_id)));
+    serve(job, shim, async |sender| sender.recover(record).await).await
+}
+
+/// Has a sender work, and tells everybody how that ended.
+async fn serve(
+    job: SendJob,
+    shim: ToShim,
+    work: impl AsyncFnOnce(&mut Sender) -> Result<Summary, SendError>,
+) -> Result<(), SendError> {
     let dir = RunDir::default();
     let log = Log::new();
     let socket = dir.engine_socket(&job.migration_id);
@@ -61,15 +83,13 @@ pub(crate) async fn run(
     shim.send(&FromEngine::Listening)
         .map_err(|_| SendError::ShimGone)?;
 
-    let work = dir.staging(&job.migration_id);
-    let record = dir.commit_record(&job.migration_id);
     let mut sender = Sender::new(job, &dir, shim.clone(), log.clone());
-    let outcome = sender.run(messages).await;
+    let outcome = work(&mut sender).await;
     let (finished, last_word) = match &outcome {
         Ok(summary) => (
             Finished {
                 outcome: "migrated".into(),
-                summary: Some(summary.clone()),
+                summary: sender.knows_figures.then(|| summary.clone()),
                 ..Finished::default()
             },
             Outcome::Migrated,
@@ -79,17 +99,26 @@ pub(crate) async fn run(
             (
                 Finished {
                     outcome: error.outcome().into(),
-                    phase: sender.phase.name().into(),
+                    phase: match error {
+                        // The one who knew is dead; sternad may know.
+                        SendError::EngineDied => String::new(),
+                        _ => sender.phase.name().into(),
+                    },
                     side: error.side().into(),
                     reason: reason.clone(),
-                    summary: Some(sender.summary()),
+                    summary: sender.knows_figures.then(|| sender.summary()),
                 },
                 Outcome::Stayed { reason },
             )
         }
     };
-    drop(fs::remove_file(&record));
-    drop(fs::remove_dir_all(&work));
+    if let Err(error) = nodeapi::commit::remove(&dir, &sender.job.migration_id) {
+        tracing::error!(
+            error = crate::error_chain(&error),
+            "the commit record is left"
+        );
+    }
+    drop(fs::remove_dir_all(&sender.work));
     // The shim first: whoever hears `finished` may ask it for the container.
     let told = shim.send(&FromEngine::Sent(last_word));
     log.finish(finished);
@@ -134,8 +163,8 @@ struct Figures {
 
 struct Sender {
     job: SendJob,
+    dir: RunDir,
     work: PathBuf,
-    commit_record: PathBuf,
     shim: ToShim,
     log: Log,
     state: State,
@@ -146,6 +175,10 @@ struct Sender {
     dump: Option<Dump>,
     seccomp: SeccompFilters,
     frozen: Option<Frozen>,
+    /// The shim was told that the destination does not answer.
+    undecided: bool,
+    /// False in an engine that follows a dead one, which took them along.
+    knows_figures: bool,
     figures: Figures,
 }
 
@@ -160,7 +193,7 @@ impl Sender {
         };
         Self {
             work: dir.staging(&job.migration_id),
-            commit_record: dir.commit_record(&job.migration_id),
+            dir: dir.clone(),
             job,
             shim,
             log,
@@ -172,6 +205,8 @@ impl Sender {
             dump: None,
             seccomp: SeccompFilters::default(),
             frozen: None,
+            undecided: false,
+            knows_figures: true,
             figures: Figures {
                 tracked,
                 ..Figures::default()

@@ -63,6 +63,12 @@ pub(crate) enum SendError {
     Lost(#[from] IllegalTransition),
     #[error("the destination handed the container back: {0}")]
     HandedBack(String),
+    #[error("cannot use the commit record")]
+    Record(#[source] nodeapi::FileError),
+    #[error("the sending engine ended without a word")]
+    EngineDied,
+    #[error("the container ended here while nobody could say what became of it there")]
+    EndedUndecided,
 }
 
 impl SendError {
@@ -78,6 +84,7 @@ impl SendError {
             | Self::HandedBack(_) => "destination",
             Self::Files(FilesError::Stream(_) | FilesError::Ended) => "destination",
             Self::Cancelled(_) => "operator",
+            Self::EngineDied => "source shim",
             Self::File { .. }
             | Self::Deadline(_)
             | Self::Timeout { .. }
@@ -90,6 +97,8 @@ impl SendError {
             | Self::Seccomp(_)
             | Self::Network(_)
             | Self::Worker
+            | Self::Record(_)
+            | Self::EndedUndecided
             | Self::Lost(_) => "source",
         }
     }
@@ -117,6 +126,9 @@ impl SendError {
             | Self::Seccomp(_)
             | Self::Network(_)
             | Self::Worker
+            | Self::Record(_)
+            | Self::EngineDied
+            | Self::EndedUndecided
             | Self::Lost(_) => Event::LocalFailure,
         }
     }
@@ -125,6 +137,7 @@ impl SendError {
         match self {
             Self::Cancelled(_) => "cancelled",
             Self::HandedBack(_) => "handed-back",
+            Self::EndedUndecided => "unknown",
             _ => "failed",
         }
     }

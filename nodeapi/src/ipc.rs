@@ -6,8 +6,9 @@
 //! closed socket means that the other process is gone.
 //!
 //! ```text
-//! sending    shim -> engine  Send
-//!            engine -> shim  Listening, then Committed if it comes to that, then Sent
+//! sending    shim -> engine  Send, or Recover where the engine before it died
+//!            engine -> shim  Listening, then Committed if it comes to that, Undecided while
+//!                            the destination does not answer, then Sent
 //! receiving  shim -> engine  Receive
 //!            engine -> shim  Listening, Restore
 //!            shim -> engine  Restored | RestoreFailed
@@ -45,6 +46,8 @@ pub struct ContainerFacts {
 pub enum ToEngine {
     /// Send this container away.
     Send(Box<SendJob>),
+    /// Bring to its end what an engine with this job had begun: it died.
+    Recover(Box<SendJob>),
     /// Receive this container.
     Receive(Box<ReceiveJob>),
     /// `runc restore` is through: the container runs.
@@ -149,6 +152,9 @@ pub enum FromEngine {
     /// The commit is recorded: from here the container's exit means that it
     /// left, and nothing may thaw or signal it.
     Committed,
+    /// After the commit nobody there can be asked what became of the container: it
+    /// stands still here until somebody can.
+    Undecided,
     /// A sending engine's last word.
     Sent(Outcome),
     /// Everything arrived and is committed: restore now.

@@ -4,6 +4,8 @@
 //! messages defined here. All of it lives under [`RunDir`], on a tmpfs, mode
 //! 0700: it must survive a process, never a reboot.
 
+pub mod arrival;
+pub mod commit;
 mod incoming;
 mod ipc;
 mod record;

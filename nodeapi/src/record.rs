@@ -1,11 +1,10 @@
 //! What a shim publishes about each of its containers.
 
-use std::fs;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::rundir::{self, FileError, RunDir, io_error};
+use crate::rundir::{self, FileError, RunDir};
 
 /// What Sterna is doing with a container; finer than containerd's task status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +22,8 @@ pub enum RunState {
     Checkpointing,
     /// It is on its way to another node, and runs or is frozen here.
     Sending,
+    /// It stands still: another node may have it, and has not said yet.
+    Undecided,
     /// It is expected from another node.
     Receiving,
     /// It runs here while its memory is still being filled in.
@@ -39,6 +40,7 @@ impl RunState {
             Self::Stopped => "stopped",
             Self::Checkpointing => "checkpointing",
             Self::Sending => "sending",
+            Self::Undecided => "undecided",
             Self::Receiving => "receiving",
             Self::Settling => "settling",
         }
@@ -84,39 +86,18 @@ impl ContainerRecord {
     /// included: the caller sees that by `shim_pid`.
     pub fn list(dir: &RunDir) -> Result<Vec<Self>, FileError> {
         let mut records = Vec::new();
-        for namespace in entries(&dir.containers())? {
-            for file in entries(&namespace)? {
-                if file
-                    .extension()
-                    .is_some_and(|extension| extension == "json")
-                {
-                    // A record may vanish between listing and reading.
-                    records.extend(rundir::read_json::<Self>(&file)?);
-                }
-            }
+        for namespace in rundir::entries(&dir.containers())? {
+            records.extend(rundir::read_all::<Self>(&namespace)?);
         }
         records.sort_by(|a, b| (&a.namespace, &a.id).cmp(&(&b.namespace, &b.id)));
         Ok(records)
     }
 }
 
-fn entries(dir: &std::path::Path) -> Result<Vec<PathBuf>, FileError> {
-    let listing = match fs::read_dir(dir) {
-        Ok(listing) => listing,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(io_error("list", dir)(error)),
-    };
-    listing
-        .map(|entry| {
-            entry
-                .map(|entry| entry.path())
-                .map_err(io_error("list", dir))
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn record(namespace: &str, id: &str) -> ContainerRecord {

@@ -15,6 +15,7 @@ use serde::{Serialize, de::DeserializeOwned};
 /// engine/MIGRATION.sock          sterna.engine.v1 of a running migration
 /// tickets/TICKET.sock            where sternad hands over accepted connections
 /// commits/MIGRATION.json         commit records of outgoing migrations
+/// arrivals/TICKET.json, .decided arrival records: what became of tickets used here
 /// staging/MIGRATION/             CRIU images of an incoming container
 /// sternad.sock                   sterna.agent.v1 for the command line
 /// ```
@@ -71,7 +72,22 @@ impl RunDir {
 
     /// Commit record of an outgoing migration.
     pub fn commit_record(&self, migration_id: &str) -> PathBuf {
-        self.0.join("commits").join(format!("{migration_id}.json"))
+        self.commits().join(format!("{migration_id}.json"))
+    }
+
+    /// Where commit records lie.
+    pub fn commits(&self) -> PathBuf {
+        self.0.join("commits")
+    }
+
+    /// What became of a ticket that was to be used here.
+    pub fn arrival_record(&self, ticket_id: &str) -> PathBuf {
+        self.arrivals().join(format!("{ticket_id}.json"))
+    }
+
+    /// Where arrival records lie.
+    pub fn arrivals(&self) -> PathBuf {
+        self.0.join("arrivals")
     }
 
     /// Where an incoming container's CRIU images are collected.
@@ -167,6 +183,37 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, F
             path: path.to_owned(),
             source,
         })
+}
+
+/// Reads every `.json` of a directory, which may not be there.
+pub(crate) fn read_all<T: DeserializeOwned>(directory: &Path) -> Result<Vec<T>, FileError> {
+    let mut all = Vec::new();
+    for path in entries(directory)? {
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "json")
+        {
+            // One may vanish between listing and reading.
+            all.extend(read_json::<T>(&path)?);
+        }
+    }
+    Ok(all)
+}
+
+/// What is in a directory, which may not be there.
+pub(crate) fn entries(directory: &Path) -> Result<Vec<PathBuf>, FileError> {
+    let listing = match fs::read_dir(directory) {
+        Ok(listing) => listing,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(io_error("list", directory)(error)),
+    };
+    listing
+        .map(|entry| {
+            entry
+                .map(|entry| entry.path())
+                .map_err(io_error("list", directory))
+        })
+        .collect()
 }
 
 /// Removes `path`; that it was not there is fine.

@@ -265,8 +265,8 @@ impl Session<'_> {
 
         let resumed = Instant::now();
         let prefilled_pages = self.crew.tally.report().pages_copied;
-        self.crew.resume();
         (self.events)(LazyEvent::RestoreFinished);
+        self.crew.resume();
         for space in self.staging.spaces() {
             if !self.spaces.contains(&space) {
                 return Err(LazyError::NotRestored(space));

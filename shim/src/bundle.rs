@@ -76,6 +76,12 @@ impl Spec {
         })
     }
 
+    /// Its control group, where that is named by a path: systemd's are not.
+    pub(crate) fn cgroup(&self) -> Option<&Path> {
+        let path = Path::new(self.json["linux"]["cgroupsPath"].as_str()?);
+        path.is_absolute().then_some(path)
+    }
+
     /// The root file system, where no mounts for it came with the request.
     pub(crate) fn root(&self, bundle: &Path) -> PathBuf {
         bundle.join(self.json["root"]["path"].as_str().unwrap_or("rootfs"))

@@ -83,6 +83,15 @@ impl Cgroup {
         }
     }
 
+    /// As [`kill`](Self::kill), however long it takes: for whoever then vouches
+    /// that nothing is left.
+    pub(crate) async fn kill_for_good(&self) {
+        while let Err(error) = self.kill().await {
+            tracing::error!(%error, cgroup = ?self, "processes outlive SIGKILL");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+
     fn kill_once(&self, pids: &[u32]) {
         if let Self::V2(path) = self
             && fs::write(path.join("cgroup.kill"), "1").is_ok()
@@ -155,6 +164,45 @@ impl Cgroup {
                 }
             }
         }
+    }
+}
+
+/// Kills every process in the group `path` of every hierarchy and waits until they
+/// are gone. Blocks.
+pub(crate) fn kill_in(path: &Path) -> io::Result<()> {
+    let relative = path
+        .strip_prefix("/")
+        .map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let groups: Vec<PathBuf> = mount_points(&mounts)
+        .into_iter()
+        .map(|point| point.join(relative))
+        .filter(|group| group.is_dir())
+        .collect();
+    let deadline = Instant::now() + KILL_LIMIT;
+    loop {
+        let mut pids = Vec::new();
+        for group in &groups {
+            match collect(group, &mut pids) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        if pids.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        for pid in pids {
+            // One that is gone is what is wanted; the others are met again.
+            drop(sys::signal::send(pid.cast_signed(), libc::SIGKILL));
+        }
+        for group in &groups {
+            // Frozen ones of version 1 die when they are let go.
+            drop(fs::write(group.join("freezer.state"), "THAWED"));
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

@@ -82,8 +82,6 @@ pub(crate) struct View {
     pub(crate) init_ended: bool,
     pub(crate) cgroup: Option<Arc<Cgroup>>,
     pub(crate) oom: Option<OomWatch>,
-    /// Set while an engine sends it away: how to reach that engine's process.
-    pub(crate) sender_pid: Option<u32>,
 }
 
 /// See the module's documentation.
@@ -151,7 +149,6 @@ impl Container {
                 init_ended: false,
                 cgroup: None,
                 oom: None,
-                sender_pid: None,
             }),
         }
     }
@@ -236,6 +233,7 @@ impl Container {
             (State::Stopped, _) => RunState::Stopped,
             (_, Activity::Checkpointing) => RunState::Checkpointing,
             (_, Activity::Sending | Activity::Committed) => RunState::Sending,
+            (_, Activity::Undecided) => RunState::Undecided,
             (_, Activity::Settling) => RunState::Settling,
             (State::Created | State::CreatedCheckpoint, Activity::Idle) => RunState::Created,
             (State::Receiving, Activity::Idle) => RunState::Receiving,

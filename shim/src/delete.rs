@@ -13,7 +13,8 @@ use nodeapi::{ContainerRecord, Incoming, RunDir};
 use protobuf::{Message, MessageField};
 
 use crate::args::Invocation;
-use crate::bundle::read_pid;
+use crate::bundle::{Spec, read_pid};
+use crate::cgroup;
 use crate::events::timestamp;
 use crate::options::Options;
 use crate::rootfs;
@@ -38,6 +39,7 @@ pub(crate) fn delete(invocation: &Invocation) -> anyhow::Result<()> {
     };
     let options = Options::read(&bundle).unwrap_or_default();
     report(delete_in_runc(&options, invocation));
+    report(settle_migrations(&bundle, invocation));
     report(rootfs::unmount(&bundle.join("rootfs")).context("cannot unmount the rootfs"));
     report(remove_traces(invocation));
     report(remove_dead_socket(&bundle));
@@ -77,6 +79,26 @@ fn delete_in_runc(options: &Options, invocation: &Invocation) -> anyhow::Result<
     if !output.status.success() && !said.contains("does not exist") {
         anyhow::bail!("runc cannot delete {}: {}", invocation.id, said.trim());
     }
+    Ok(())
+}
+
+/// What the server of this container would have done about a migration that was
+/// under way, by `migrate::arrival::after_engine_death`: its engine died with it.
+fn settle_migrations(bundle: &Path, invocation: &Invocation) -> anyhow::Result<()> {
+    let run_dir = RunDir::default();
+    let (namespace, id) = (&invocation.namespace, &invocation.id);
+    // A copy that was sent away is gone for good: nobody has to ask what became
+    // of the other.
+    for record in nodeapi::commit::of_container(&run_dir, namespace, id)? {
+        nodeapi::commit::remove(&run_dir, &record.migration_id)?;
+    }
+    // runc knows nothing of a container that it had not restored to its end.
+    let spec = Spec::read(bundle)?;
+    let cgroup = spec
+        .cgroup()
+        .context("its control group is not named by a path: not known to be empty")?;
+    cgroup::kill_in(cgroup).context("cannot end its processes")?;
+    nodeapi::arrival::fence_container(&run_dir, namespace, id)?;
     Ok(())
 }
 

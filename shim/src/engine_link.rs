@@ -112,11 +112,6 @@ impl Engine {
         })
     }
 
-    /// The engine process.
-    pub(crate) fn pid(&self) -> u32 {
-        self.pid
-    }
-
     /// Sends one message.
     pub(crate) async fn send(&self, message: &ToEngine) -> Result<()> {
         let packet = serde_json::to_vec(message).map_err(|error| Error::Engine {
@@ -183,6 +178,28 @@ impl Engine {
             Ok(Ok(exit)) => format!("exit status {}", exit.status),
             _ => "it closed its socket and goes on".to_owned(),
         }
+    }
+
+    /// It has closed its socket, or should have: makes sure that it is gone, so that
+    /// another may act on the container. Words for how it ended.
+    pub(crate) async fn end(mut self) -> String {
+        let Some(mut exit) = self.exit.take() else {
+            return "its exit is known already".to_owned();
+        };
+        let exit = match tokio::time::timeout(STOP_LIMIT, &mut exit).await {
+            Ok(exit) => exit,
+            Err(_) => {
+                if let Err(error) = sys::signal::send(self.pid.cast_signed(), libc::SIGKILL) {
+                    tracing::error!(%error, pid = self.pid, "cannot kill the engine");
+                }
+                exit.await
+            }
+        };
+        // An error only when the reaper is gone.
+        exit.map_or_else(
+            |_| String::new(),
+            |exit| format!("exit status {}", exit.status),
+        )
     }
 
     /// It has said its last word to us and ends when it has said it to the

@@ -16,12 +16,18 @@
 //! would resolve the rest of them with zeros, unless somebody holds duplicates
 //! of the userfaultfds: this task does (the guards), kills every process, and
 //! only then lets go. A container that read zeros for its data never runs on.
+//!
+//! Whatever was called off is fenced when nothing of it is left
+//! (`migrate::arrival`), so that the source can have its container back even if
+//! the engine is not there to say so.
 
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
+use migrate::arrival::ArrivalState;
 use nodeapi::{FromEngine, Incoming, ReceiveJob, RestoreFlags, RestoreOrder, ToEngine};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -109,6 +115,7 @@ pub(crate) async fn prepare(container: &Arc<Container>, incoming: Incoming) -> R
         staging: container.context.run_dir.staging(&incoming.migration_id),
         ticket_socket: container.context.run_dir.ticket_socket(&incoming.ticket.id),
     };
+    let ticket_id = incoming.ticket.id.clone();
     let job = ToEngine::Receive(Box::new(ReceiveJob {
         incoming,
         container: container.facts(),
@@ -121,6 +128,8 @@ pub(crate) async fn prepare(container: &Arc<Container>, incoming: Incoming) -> R
     let engine = match Engine::start(&container.context, &job).await {
         Ok(engine) => engine,
         Err(error) => {
+            // Nothing was restored, and nothing will be.
+            fence(container, &ticket_id);
             traces.remove();
             return Err(error);
         }
@@ -128,6 +137,7 @@ pub(crate) async fn prepare(container: &Arc<Container>, incoming: Incoming) -> R
     let receiver = Receiver {
         container: Arc::clone(container),
         arrival,
+        ticket_id,
         engine,
         guards: Vec::new(),
     };
@@ -162,6 +172,7 @@ impl Traces {
 struct Receiver {
     container: Arc<Container>,
     arrival: Arc<Arrival>,
+    ticket_id: String,
     engine: Engine,
     /// See the module's documentation.
     guards: Vec<OwnedFd>,
@@ -224,16 +235,7 @@ impl Receiver {
         self.start_wanted().await?;
         let pid = match self.restore(&order).await {
             Ok(pid) => pid,
-            Err(given_up) => {
-                if !given_up.engine_knows {
-                    let told = ToEngine::RestoreFailed {
-                        reason: given_up.reason.clone(),
-                    };
-                    // One that is gone needs not be told.
-                    drop(self.engine.send(&told).await);
-                }
-                return Err(given_up);
-            }
+            Err(given_up) => return Err(self.restore_failed(given_up).await),
         };
         self.engine
             .send(&ToEngine::Restored { pid })
@@ -242,11 +244,33 @@ impl Receiver {
                 reason: error.chain(),
                 engine_knows: true,
             })?;
-        loop {
-            if self.next().await? == FromEngine::Running {
-                return Ok(pid);
+        let given_up = loop {
+            match self.next().await {
+                Ok(FromEngine::Running) => return Ok(pid),
+                Ok(FromEngine::AbandonRestore { reason }) => {
+                    break GivenUp {
+                        reason,
+                        engine_knows: false,
+                    };
+                }
+                Ok(_) => {}
+                Err(given_up) => break given_up,
             }
+        };
+        kill_all(&self.container).await;
+        Err(self.restore_failed(given_up).await)
+    }
+
+    /// Nothing of a restore is left: the engine is told, if it waits for that.
+    async fn restore_failed(&self, given_up: GivenUp) -> GivenUp {
+        if !given_up.engine_knows {
+            let told = ToEngine::RestoreFailed {
+                reason: given_up.reason.clone(),
+            };
+            // One that is gone needs not be told.
+            drop(self.engine.send(&told).await);
         }
+        given_up
     }
 
     /// The next message; guards are put away. Fails when the engine failed, is
@@ -319,7 +343,10 @@ impl Receiver {
                             reason,
                             engine_knows: false,
                         },
-                        Ok(_) => continue,
+                        Ok(_) => {
+                            restore.note_cgroup();
+                            continue;
+                        }
                         Err(given_up) => given_up,
                     };
                     restore.abandon().await;
@@ -327,16 +354,24 @@ impl Receiver {
                 }
             }
         };
-        finished.map_err(|error| GivenUp {
-            reason: restore::explain(&error, &order.work_dir),
-            engine_knows: false,
-        })
+        match finished {
+            Ok(pid) => Ok(pid),
+            Err(error) => {
+                let reason = restore::explain(&error, &order.work_dir);
+                restore.abandon().await;
+                Err(GivenUp {
+                    reason,
+                    engine_knows: false,
+                })
+            }
+        }
     }
 
     /// Takes everything back that was done for a container that did not arrive.
     async fn undo(self, given_up: GivenUp) {
         let Self {
             container,
+            ticket_id,
             engine,
             guards,
             ..
@@ -347,6 +382,7 @@ impl Receiver {
         }
         // Not before the processes are gone.
         drop(guards);
+        fence(&container, &ticket_id);
         if given_up.engine_knows {
             let context = Arc::clone(&container.context);
             container
@@ -399,21 +435,32 @@ impl Receiver {
     }
 }
 
-/// Kills every process of a container and waits until they are gone.
+/// Kills every process of a container; returns when they are gone.
 async fn kill_all(container: &Container) {
     let cgroup = container.view().cgroup.clone();
     if let Some(cgroup) = cgroup {
-        match cgroup.kill().await {
-            Ok(()) => return,
-            Err(error) => tracing::error!(%error, id = container.id, "cannot kill by cgroup"),
-        }
+        return cgroup.kill_for_good().await;
     }
+    // It had ended, or almost, before its control group was looked at.
     let pid = container.init.pid();
-    if pid != 0
-        && container.init.exit().is_none()
-        && let Err(error) = sys::signal::send(pid.cast_signed(), libc::SIGKILL)
-    {
-        tracing::error!(%error, pid, "cannot kill the first process");
+    while pid != 0 && !container.view().init_ended {
+        if let Err(error) = sys::signal::send(pid.cast_signed(), libc::SIGKILL) {
+            tracing::debug!(%error, pid, "not killed");
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// No process of the container is left here, and none can come into being any
+/// more: whoever asks is told so, unless one has run.
+fn fence(container: &Container, ticket_id: &str) {
+    let dir = &container.context.run_dir;
+    match nodeapi::arrival::decide(dir, ticket_id, ArrivalState::Fenced) {
+        Ok(Some(state)) => tracing::info!(id = container.id, ?state, "arrival decided"),
+        // Its engine had not begun.
+        Ok(None) => {}
+        // sternad tries again when it removes what was prepared.
+        Err(error) => tracing::error!(error = crate::error::chain(&error), "no fence"),
     }
 }
 

@@ -1,21 +1,25 @@
 //! A container on its way to another node.
 //!
 //! ```text
-//!   Idle --Send--> Sending --Committed--> Committed --(CRIU ends the tasks)--> exit
-//!     ^               |                       |
-//!     +--- Sent(Stayed), engine gone          +-- engine gone: it stays frozen here
+//!   Idle --Send--> Sending --Committed--> Committed --(its tasks are ended)--> exit
+//!     ^               |                    |     |                              ^
+//!     |               |                    |     +--Undecided--> Undecided -----+
+//!     +-- Sent(Stayed), at any time -------+----------------------/
 //! ```
 //!
 //! All along containerd sees a running container. Until the commit a signal is
 //! passed on, and a container that dies of it does not move. After the commit
-//! the container lives on the other node: a signal is answered with "process
-//! already finished", as for one that has just ended, and the exit follows when
-//! CRIU ends the tasks. Should the engine die between commit and that, nobody
-//! here knows whether the other node has it: the container stays frozen, is
-//! shown as `sending`, and only SIGKILL, which does not let it run again, is
-//! carried out, for whoever does know.
+//! the container lives on the other node, or nobody here knows: a signal is
+//! answered with "process already finished", as for one that has just ended, and
+//! the exit follows when the tasks are ended. While the other node cannot be
+//! asked, SIGKILL is carried out, because it lets nothing run: whoever sends it
+//! does not want the container any more.
+//!
+//! An engine that dies is followed by another one, which finds on disk how far
+//! the migration had come. There is never more than one that acts.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use nodeapi::{FromEngine, Outcome, SendJob, Ticket, ToEngine};
 use proto::shim::control::SendRequest;
@@ -24,6 +28,9 @@ use crate::container::Container;
 use crate::engine_link::Engine;
 use crate::error::{Error, Result};
 use crate::state::{Activity, Verb};
+
+/// Between two engines of which the first died at once, or did not start.
+const NEXT_ENGINE_PAUSE: Duration = Duration::from_secs(1);
 
 /// Starts to send; answers when the engine listens.
 pub(crate) async fn send(container: &Arc<Container>, request: SendRequest) -> Result<()> {
@@ -36,7 +43,7 @@ pub(crate) async fn send(container: &Arc<Container>, request: SendRequest) -> Re
         ),
     };
     begin(container)?;
-    let job = ToEngine::Send(Box::new(SendJob {
+    let job = Box::new(SendJob {
         migration_id: request.migration_id,
         container: container.facts(),
         init_pid: container.init.pid(),
@@ -50,11 +57,10 @@ pub(crate) async fn send(container: &Arc<Container>, request: SendRequest) -> Re
         max_blackout_ms: request.max_blackout_ms,
         deadline_ms: Some(request.deadline_ms).filter(|&limit| limit != 0),
         network,
-    }));
-    match Engine::start(&container.context, &job).await {
+    });
+    match Engine::start(&container.context, &ToEngine::Send(job.clone())).await {
         Ok(engine) => {
-            container.view().sender_pid = Some(engine.pid());
-            let followed = watch(Arc::clone(container), engine);
+            let followed = see_through(Arc::clone(container), engine, job);
             container.context.last_work.spawn(followed);
             Ok(())
         }
@@ -89,54 +95,86 @@ fn begin(container: &Container) -> Result<()> {
     Ok(())
 }
 
-/// Follows an engine to its end.
-async fn watch(container: Arc<Container>, mut engine: Engine) {
-    let mut committed = false;
-    let outcome = loop {
+/// How following an engine ended.
+enum Followed {
+    /// It said how the migration ended.
+    To(Outcome),
+    /// It died.
+    Died,
+    /// It ends with the shim.
+    ShimEnds,
+}
+
+/// Follows engines until one of them says how the migration ended.
+async fn see_through(container: Arc<Container>, mut engine: Engine, job: Box<SendJob>) {
+    let mut pause = Duration::ZERO;
+    loop {
+        match follow(&container, &mut engine).await {
+            Followed::To(outcome) => {
+                match outcome {
+                    Outcome::Migrated => tracing::info!(id = container.id, "moved away"),
+                    Outcome::Stayed { reason } => {
+                        tracing::info!(id = container.id, reason, "stays");
+                        container.set_activity_if_alive(Activity::Idle);
+                    }
+                }
+                return engine.see_off(&container.context).await;
+            }
+            Followed::ShimEnds => return,
+            Followed::Died => {}
+        }
+        let ended = engine.end().await;
+        tracing::error!(id = container.id, ended, "engine died, another follows");
+        let next = async {
+            tokio::time::sleep(pause).await;
+            next_engine(&container, &job).await
+        };
+        engine = tokio::select! {
+            engine = next => engine,
+            () = container.context.shutdown.cancelled() => return,
+        };
+        pause = NEXT_ENGINE_PAUSE;
+    }
+}
+
+async fn follow(container: &Container, engine: &mut Engine) -> Followed {
+    loop {
         let message = tokio::select! {
             message = engine.next() => message,
             // The engine goes with the shim.
-            () = container.context.shutdown.cancelled() => return,
+            () = container.context.shutdown.cancelled() => return Followed::ShimEnds,
         };
         match message {
             Some((FromEngine::Committed, _)) => {
-                committed = true;
                 container.set_activity_if_alive(Activity::Committed);
             }
-            Some((FromEngine::Sent(outcome), _)) => break Some(outcome),
+            Some((FromEngine::Undecided, _)) => {
+                tracing::warn!(id = container.id, "undecided: it stands still here");
+                container.set_activity_if_alive(Activity::Undecided);
+            }
+            Some((FromEngine::Sent(outcome), _)) => return Followed::To(outcome),
             Some((message, _)) => tracing::error!(?message, "not for a sender"),
-            None => break None,
-        }
-    };
-    if outcome.is_none() {
-        container.view().sender_pid = None;
-    }
-    match (&outcome, committed) {
-        (Some(Outcome::Migrated), _) => {
-            tracing::info!(id = container.id, "moved away");
-        }
-        // By its word the engine knows that the commit did not come about.
-        (Some(Outcome::Stayed { reason }), _) => {
-            tracing::info!(id = container.id, reason, "stays");
-            container.set_activity_if_alive(Activity::Idle);
-        }
-        (None, false) => {
-            let ended = engine.how_it_ended().await;
-            tracing::error!(id = container.id, ended, "engine died, the container stays");
-            container.set_activity_if_alive(Activity::Idle);
-        }
-        (None, true) => {
-            let ended = engine.how_it_ended().await;
-            tracing::error!(
-                id = container.id,
-                ended,
-                "engine died after the commit, the container stays frozen"
-            );
+            None => return Followed::Died,
         }
     }
-    if outcome.is_some() {
-        engine.see_off(&container.context).await;
-        container.view().sender_pid = None;
+}
+
+/// The engine that brings to its end what a dead one had begun. Without one the
+/// container might stand still for good, so that it is tried until there is one.
+async fn next_engine(container: &Container, job: &SendJob) -> Engine {
+    let order = ToEngine::Recover(Box::new(job.clone()));
+    loop {
+        match Engine::start(&container.context, &order).await {
+            Ok(engine) => return engine,
+            Err(error) => {
+                tracing::error!(
+                    id = container.id,
+                    error = error.chain(),
+                    "no engine to follow"
+                );
+            }
+        }
+        tokio::time::sleep(NEXT_ENGINE_PAUSE).await;
     }
 }
 
@@ -151,15 +189,15 @@ impl Container {
     /// A signal for a container whose move is committed; see the module's
     /// documentation.
     pub(crate) async fn kill_committed(&self, signal: u32) -> Result<()> {
-        let (engine_lives, cgroup) = {
+        let (undecided, cgroup) = {
             let view = self.view();
-            (view.sender_pid.is_some(), view.cgroup.clone())
+            (view.activity == Activity::Undecided, view.cgroup.clone())
         };
-        if engine_lives || signal != libc::SIGKILL.unsigned_abs() {
+        if !undecided || signal != libc::SIGKILL.unsigned_abs() {
             return Err(Error::AlreadyFinished);
         }
         let cgroup = cgroup.ok_or(Error::NoCgroup)?;
-        tracing::warn!(id = self.id, "frozen copy of a moved container killed");
+        tracing::warn!(id = self.id, "killed where it stands still, undecided");
         cgroup
             .kill()
             .await

@@ -93,7 +93,8 @@ impl Container {
             arrival.cancel("it was killed");
             return Ok(());
         }
-        if self.view().activity == Activity::Committed {
+        let activity = self.view().activity;
+        if matches!(activity, Activity::Committed | Activity::Undecided) {
             return self.kill_committed(signal).await;
         }
         let _operation = self.operation.lock().await;

@@ -112,6 +112,7 @@ pub(crate) struct Restore {
     console: Option<ConsoleSocket>,
     received: Option<Console>,
     runc_ended: bool,
+    cgroup: Option<Cgroup>,
 }
 
 impl Restore {
@@ -150,7 +151,15 @@ impl Restore {
             console,
             received: None,
             runc_ended: false,
+            cgroup: None,
         })
+    }
+
+    /// Remembers where the processes come into being, while runc lives to tell.
+    pub(crate) fn note_cgroup(&mut self) {
+        if self.cgroup.is_none() && !self.runc_ended {
+            self.cgroup = restoring_cgroup(self.runc_pid);
+        }
     }
 
     /// Waits for runc; answers the first process's pid. It is safe to drop this
@@ -185,21 +194,20 @@ impl Restore {
         Ok(pid)
     }
 
-    /// Gives up: ends runc and CRIU and whatever they had begun to restore.
-    pub(crate) async fn abandon(self) {
+    /// Gives up: ends runc and CRIU and whatever they had begun to restore, or left
+    /// when they failed. Nothing of it is left when this returns.
+    pub(crate) async fn abandon(mut self) {
+        self.note_cgroup();
         let container = &self.container;
         if !self.runc_ended {
-            let cgroup = restoring_cgroup(self.runc_pid);
             let group = nix::unistd::Pid::from_raw(self.runc_pid.cast_signed());
             if let Err(error) = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL) {
                 tracing::warn!(%error, "cannot kill runc");
             }
-            if let Some(cgroup) = cgroup {
-                if let Err(error) = cgroup.kill().await {
-                    tracing::error!(%error, id = container.id, "half a container is left");
-                }
-                cgroup.remove();
-            }
+        }
+        if let Some(cgroup) = self.cgroup {
+            cgroup.kill_for_good().await;
+            cgroup.remove();
         }
         container.discard_in_runc().await;
         // runc removes its directory only for containers that it has finished.

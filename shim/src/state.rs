@@ -173,6 +173,8 @@ pub(crate) enum Activity {
     Sending,
     /// The commit is recorded: its exit means that it left.
     Committed,
+    /// As `Committed`, and the other node cannot be asked what became of it.
+    Undecided,
     /// It arrived and its memory is being filled in.
     Settling,
 }
@@ -186,7 +188,7 @@ impl Activity {
                 verb,
                 Verb::Pause | Verb::Resume | Verb::Update | Verb::Checkpoint | Verb::Send
             ),
-            Self::Committed => true,
+            Self::Committed | Self::Undecided => true,
         }
     }
 }

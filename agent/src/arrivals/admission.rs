@@ -256,6 +256,7 @@ fn fate_of(record: &ContainerRecord) -> Fate {
         | RunState::Paused
         | RunState::Checkpointing
         | RunState::Sending
+        | RunState::Undecided
         | RunState::Settling => Fate::Here,
     }
 }

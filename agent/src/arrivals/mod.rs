@@ -400,7 +400,12 @@ impl Arrivals {
     async fn take_back(&self, arrival: &Arc<Arrival>, made: Made) {
         let work = || prepare::take_back(&self.node, &made);
         let clean = retry("take back what was prepared", work).await;
-        arrival.settled.send_replace(Some(clean));
+        let has_run = prepare::has_run(&self.node, &made).unwrap_or_else(|error| {
+            tracing::error!("cannot tell whether it has run: {error:#}");
+            true
+        });
+        let vouched = clean && !has_run;
+        arrival.settled.send_replace(Some(vouched));
         self.forget_later(arrival).await;
     }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use containerd_client::services::v1::Image;
+use migrate::arrival::ArrivalState;
 use nodeapi::{ContainerRecord, Incoming, Ticket};
 
 use super::plan::{self, Plan};
@@ -228,6 +229,12 @@ pub(crate) async fn take_back(node: &Node, made: &Made) -> anyhow::Result<()> {
     // A snapshot or a namespace that is in use must not be pulled away.
     if task_gone {
         if made.task {
+            // The shim's to do, and done already unless it was killed. While the
+            // container is there, the next sternad finds it, should this one end.
+            note(
+                nodeapi::arrival::fence_container(&node.run_dir, &made.namespace, &made.id)
+                    .map_err(Into::into),
+            );
             note(remove_dead_record(node, made));
         }
         if made.container {
@@ -267,6 +274,16 @@ pub(crate) async fn take_back(node: &Node, made: &Made) -> anyhow::Result<()> {
         note(remove_file(log));
     }
     first
+}
+
+/// Whether a copy was let go here with the ticket that was made, whatever became of
+/// it since: then nobody may say that it was handed back.
+pub(crate) fn has_run(node: &Node, made: &Made) -> anyhow::Result<bool> {
+    let Some(ticket_id) = &made.ticket_id else {
+        return Ok(false);
+    };
+    let record = nodeapi::arrival::read(&node.run_dir, ticket_id)?;
+    Ok(record.is_some_and(|record| record.state == ArrivalState::Ran))
 }
 
 /// Removes the task and makes sure that no process is left of it.

@@ -74,6 +74,13 @@ impl Engine {
         })
     }
 
+    /// Connects and listens.
+    pub(crate) async fn attach(socket: &Path) -> Result<(Self, Streaming<epb::Progress>), Failure> {
+        let engine = Self::connect(socket).await?;
+        let events = engine.watch().await?;
+        Ok((engine, events))
+    }
+
     pub(crate) async fn watch(&self) -> Result<Streaming<epb::Progress>, Failure> {
         self.client
             .clone()
@@ -96,6 +103,18 @@ impl Engine {
             },
         );
         self.client.clone().hand_back(request).await.map(drop)
+    }
+
+    /// An operator vouches that the container is the destination's: after the commit
+    /// this ends its copy here.
+    pub(crate) async fn let_go(&self, reason: &str) -> Result<(), Status> {
+        let request = within(
+            CANCEL_TIMEOUT,
+            epb::LetGoRequest {
+                reason: reason.into(),
+            },
+        );
+        self.client.clone().let_go(request).await.map(drop)
     }
 
     /// Before the commit this stops the migration.

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use identity::NodeName;
+use migrate::commit::CommitRecord;
 use nodeapi::{ContainerRecord, RunState};
 use proto::agent as pb;
 use tokio::sync::{mpsc, oneshot};
@@ -21,6 +22,7 @@ use tonic::Status;
 use tracing::Instrument as _;
 
 pub(crate) use self::describe::{Described, Stop, bind_sources, describe};
+use self::engine::Engine;
 pub(crate) use self::events::EventLog;
 use crate::node::Node;
 use crate::process;
@@ -155,6 +157,47 @@ impl Departures {
         Ok(departure)
     }
 
+    /// Decides about an undecided container on an operator's word.
+    pub(crate) async fn release(
+        &self,
+        request: pb::ReleaseRequest,
+    ) -> Result<pb::ReleaseResponse, Status> {
+        let verdict = request.verdict();
+        let record = find_record(&self.node, &request.container.unwrap_or_default())?;
+        let commit = undecided(&self.node, &record)?;
+        // Of an engine that is just dying this fails, and can be said again.
+        let engine = Engine::connect(&self.node.run_dir.engine_socket(&commit.migration_id))
+            .await
+            .map_err(|failure| Status::failed_precondition(failure.reason))?;
+        tracing::warn!(
+            migration_id = commit.migration_id,
+            namespace = record.namespace,
+            container = record.id,
+            peer = commit.destination_node,
+            verdict = verdict.as_str_name(),
+            "an operator decides"
+        );
+        match verdict {
+            pb::Verdict::HandedBack => {
+                engine
+                    .hand_back("an operator vouches that it does not run there")
+                    .await?;
+            }
+            pb::Verdict::Gone => {
+                engine
+                    .let_go("an operator vouches that it is there")
+                    .await?;
+            }
+            pb::Verdict::Unspecified => {
+                return Err(Status::invalid_argument("no verdict was given"));
+            }
+        }
+        Ok(pb::ReleaseResponse {
+            migration_id: commit.migration_id,
+            peer: commit.destination_node,
+        })
+    }
+
     fn check(&self, request: pb::MigrateRequest) -> Result<Order, Status> {
         let name = request.container.unwrap_or_default();
         let record = find_record(&self.node, &name)?;
@@ -201,6 +244,30 @@ impl Departure {
         };
         self.cancels.send(order).await.map_err(|_| over())?;
         answered.await.map_err(|_| over())?
+    }
+}
+
+/// The commit record of a container that nobody decides about.
+fn undecided(node: &Node, record: &ContainerRecord) -> Result<CommitRecord, Status> {
+    let id = &record.id;
+    if record.state != RunState::Undecided {
+        return Err(Status::failed_precondition(format!(
+            "container {id} is {}, not undecided: there is nothing to decide",
+            record.state.name()
+        )));
+    }
+    commit_of(node, record)
+        .ok_or_else(|| Status::failed_precondition(format!("container {id} has no commit record")))
+}
+
+/// The commit record of a container that has one.
+pub(crate) fn commit_of(node: &Node, record: &ContainerRecord) -> Option<CommitRecord> {
+    match nodeapi::commit::of_container(&node.run_dir, &record.namespace, &record.id) {
+        Ok(mut records) => records.pop(),
+        Err(error) => {
+            tracing::error!("{:#}", anyhow::Error::from(error));
+            None
+        }
     }
 }
 
@@ -338,6 +405,7 @@ mod tests {
             RunState::Stopped,
             RunState::Checkpointing,
             RunState::Sending,
+            RunState::Undecided,
             RunState::Receiving,
             RunState::Settling,
         ] {

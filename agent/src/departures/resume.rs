@@ -6,7 +6,6 @@ use proto::agent::migrate_event::Event;
 use proto::engine::{self as epb, progress};
 use tokio::sync::mpsc;
 
-use super::engine::Engine;
 use super::note::Note;
 use super::run::conclude;
 use super::watch::Watch;
@@ -45,19 +44,14 @@ pub(super) async fn resume(
             .ok()
             .map(tonic::Response::into_inner);
     }
-    let engine = async {
-        let engine = Engine::connect(&node.run_dir.engine_socket(&note.migration_id)).await?;
-        let events = engine.watch().await?;
-        Ok::<_, crate::side::Failure>((engine, events))
-    };
-    let finished = match engine.await {
-        Ok((engine, events)) => watch.follow(engine, events).await,
-        Err(_) if never_began(node, note) => epb::Finished {
+    let finished = match watch.next_engine().await {
+        Some((engine, events)) => watch.follow(engine, events).await,
+        None if never_began(node, note) => epb::Finished {
             outcome: "failed".into(),
             reason: "sternad was restarted before it began".into(),
             ..Default::default()
         },
-        Err(failure) => watch.without_a_word(&failure.reason).await,
+        None => watch.without_a_word("there is no engine").await,
     };
     let finished = conclude(node, departure, note, peer, finished).await;
     tracing::info!(

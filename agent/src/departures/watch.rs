@@ -2,6 +2,9 @@
 //!
 //! The engine knows how far the migration is, the destination's sternad why it
 //! cannot go on. Whoever is heard first, the result names the one that failed.
+//!
+//! An engine that dies is followed by another, which its shim starts: that one is
+//! listened to next.
 
 use std::time::Duration;
 
@@ -25,7 +28,11 @@ use crate::side::{Failure, Side};
 /// When the engine fails, the destination usually knows why, a moment later.
 const VERDICT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// One engine until its last word.
+/// Between two looks for an engine that follows a dead one. It is there within a few
+/// hundredths of a second.
+const NEXT_ENGINE_PAUSE: Duration = Duration::from_millis(50);
+
+/// Engines until the last word of one.
 pub(super) struct Watch<'a> {
     pub(super) node: &'a Node,
     pub(super) departure: &'a Departure,
@@ -71,7 +78,7 @@ impl<'a> Watch<'a> {
     /// Relays what the engine says until it has said its last.
     pub(super) async fn follow(
         mut self,
-        engine: Engine,
+        mut engine: Engine,
         mut events: Streaming<epb::Progress>,
     ) -> epb::Finished {
         let (found_out, mut findings) = mpsc::channel::<Failure>(1);
@@ -89,8 +96,16 @@ impl<'a> Watch<'a> {
                         return self.last_word(finished).await;
                     }
                     Ok(Some(message)) => self.relay(message),
-                    Ok(None) => return self.without_a_word("its connection closed").await,
-                    Err(status) => return self.without_a_word(status.message()).await,
+                    broken => match self.next_engine().await {
+                        Some(next) => (engine, events) = next,
+                        None => {
+                            let reason = match &broken {
+                                Err(status) => status.message(),
+                                Ok(_) => "its connection closed",
+                            };
+                            return self.without_a_word(reason).await;
+                        }
+                    },
                 },
                 held = hold => match held {
                     Ok(Some(pb::HoldEvent { event })) => self.held(&engine, event).await,
@@ -120,6 +135,31 @@ impl<'a> Watch<'a> {
                     // Whoever asked may be gone.
                     drop(order.answer.send(answer));
                 }
+            }
+        }
+    }
+
+    /// The engine that has the migration now; none where its shim has none any more.
+    pub(super) async fn next_engine(&self) -> Option<(Engine, Streaming<epb::Progress>)> {
+        let record = &self.departure.order.record;
+        let socket = self
+            .node
+            .run_dir
+            .engine_socket(&self.departure.order.migration_id);
+        loop {
+            // Looked at before: an engine that is not met until its shim has let the
+            // container go is not met any more.
+            let wanted = ContainerRecord::read(&self.node.run_dir, &record.namespace, &record.id)
+                .ok()
+                .flatten()
+                .filter(|record| process::is_alive(record.shim_pid))
+                .is_some_and(|record| {
+                    matches!(record.state, RunState::Sending | RunState::Undecided)
+                });
+            match Engine::attach(&socket).await {
+                Ok(next) => return Some(next),
+                Err(_) if wanted => tokio::time::sleep(NEXT_ENGINE_PAUSE).await,
+                Err(_) => return None,
             }
         }
     }
@@ -196,6 +236,15 @@ impl<'a> Watch<'a> {
     /// The engine's last word, with the better reason of two.
     async fn last_word(mut self, mut finished: epb::Finished) -> epb::Finished {
         if finished.outcome == "migrated" {
+            // Others than its shim do not take a container along when they go.
+            let lost = |verdict: &&Failure| verdict.side == Side::DestinationShim;
+            if let Some(verdict) = self.known.verdict.as_ref().filter(lost) {
+                let text = format!(
+                    "the container was let go on {} and then lost there: {}",
+                    self.departure.order.destination, verdict.reason
+                );
+                self.departure.events.push(Event::Notice(text));
+            }
             return finished;
         }
         if finished.phase.is_empty() {

@@ -1,21 +1,20 @@
 //! Commit and Resume: the source gives up its right to the container, and waits
 //! for the destination's word.
 
-use std::fs;
-
 use criu::Action;
 use migrate::Phase;
 use migrate::commit::{CommitRecord, CommitState, Format};
-use migrate::source::{self, Event};
+use migrate::source::{self, Event, State};
 use nodeapi::FromEngine;
 use proto::engine::Summary;
 use proto::migration as pb;
 use proto::migration::destination_message::Message as FromDestination;
 use proto::migration::source_message::Message as ToDestination;
 
-use super::{Sender, limited, make_dir};
+use super::{Sender, limited};
 use crate::dump::DumpFailure;
 use crate::link::Dialer;
+use crate::progress::Word;
 use crate::send_error::SendError;
 use crate::session::Session;
 
@@ -86,38 +85,46 @@ impl Sender {
     }
 
     pub(super) fn write_record(&self, record: &CommitRecord) -> Result<(), SendError> {
-        let error = |source| SendError::File {
-            action: "write",
-            path: self.commit_record.clone(),
-            source,
-        };
-        if let Some(parent) = self.commit_record.parent() {
-            make_dir(parent)?;
-        }
-        let text = serde_json::to_vec(record).map_err(|source| error(source.into()))?;
         // On a tmpfs, by rename: it has to survive this process, not the node,
         // whose end would be the container's end too.
-        let partial = self.commit_record.with_extension("partial");
-        fs::write(&partial, text).map_err(error)?;
-        fs::rename(&partial, &self.commit_record).map_err(error)
+        nodeapi::commit::write(&self.dir, record).map_err(SendError::Record)
     }
 
     /// After the commit: asks until the destination says what became of the
     /// container, then ends it here or lets it go on here.
-    pub(super) async fn resume(&mut self, mut record: CommitRecord) -> Result<Summary, SendError> {
+    pub(super) async fn resume(&mut self, record: CommitRecord) -> Result<Summary, SendError> {
         self.enter(Phase::Resume);
-        let handed_back = self.destinations_word().await;
+        let word = self.destinations_word(&record).await;
         let frozen_at = self.figures.frozen_at.unwrap_or(self.begun);
         self.figures.blackout = frozen_at.elapsed();
         self.figures.freeze = self.figures.blackout;
-        if let Some(reason) = handed_back {
-            let error = SendError::HandedBack(reason);
-            self.advance_committed(Event::HandedBack);
-            self.mark_record(&mut record, CommitState::HandedBack);
-            self.unwind(&error).await;
-            return Err(error);
+        match word {
+            Some(Word::HandedBack(reason)) => {
+                self.advance_committed(Event::HandedBack);
+                Err(self.take_back(record, reason).await)
+            }
+            Some(Word::Gone(_)) => {
+                self.advance_committed(Event::Running);
+                Ok(self.end_copy(record).await)
+            }
+            None => Err(SendError::EndedUndecided),
         }
-        self.advance_committed(Event::Running);
+    }
+
+    /// It does not run there: it goes on here.
+    pub(super) async fn take_back(
+        &mut self,
+        mut record: CommitRecord,
+        reason: String,
+    ) -> SendError {
+        let error = SendError::HandedBack(reason);
+        self.mark_record(&mut record, CommitState::HandedBack);
+        self.unwind(&error).await;
+        error
+    }
+
+    /// It runs there: the copy here is ended.
+    pub(super) async fn end_copy(&mut self, mut record: CommitRecord) -> Summary {
         self.mark_record(&mut record, CommitState::Released);
         // CRIU ends the tasks; on cgroup v1 they can die only when thawed, which
         // the kill does once every one of them has its signal.
@@ -137,51 +144,70 @@ impl Sender {
         self.advance_committed(Event::SourceEnded);
         // Closing the session in order tells the destination that we have heard.
         self.session = None;
-        Ok(self.summary())
+        self.summary()
     }
 
-    /// Asks until the destination has said what became of the container: none if
-    /// it runs, a reason if it was handed back.
-    pub(super) async fn destinations_word(&mut self) -> Option<String> {
+    /// Asks until somebody has said what became of the container. None: nothing is
+    /// left of it here, so that it does not matter any more.
+    async fn destinations_word(&mut self, record: &CommitRecord) -> Option<Word> {
         let log = self.log.clone();
         loop {
             let answer = tokio::select! {
                 biased;
                 answer = limited(Phase::Resume, self.hear_or_ask()) => answer,
                 // Only where the destination's engine cannot say so itself.
-                reason = log.handed_back() => return Some(reason),
+                word = log.word() => return Some(word),
             };
             match answer {
                 Ok(FromDestination::Running(running)) => {
                     self.figures.restore_us = running.restore_us;
                     self.figures.prepare_us = running.prepare_us;
-                    return None;
+                    return Some(Word::Gone(String::new()));
                 }
-                Ok(FromDestination::HandedBack(back)) => return Some(back.reason),
+                Ok(FromDestination::HandedBack(back)) => {
+                    return Some(Word::HandedBack(back.reason));
+                }
                 // Said before it heard of the commit.
                 Ok(_) => {}
                 Err(error) => {
                     let error = crate::error_chain(&error);
-                    tracing::warn!(error, "asking the destination again");
+                    if self.state == State::Undecided {
+                        tracing::debug!(error, "asking the destination again");
+                    } else {
+                        tracing::warn!(error, "asking the destination until it answers");
+                    }
                     self.advance_committed(Event::PeerLost);
                     self.session = None;
                     tokio::select! {
                         () = tokio::time::sleep(source::ASK_AGAIN_AFTER) => {}
-                        reason = log.handed_back() => return Some(reason),
+                        word = log.word() => return Some(word),
                     }
+                    // Somebody may have killed it.
+                    if crate::container::init_process(self.job.init_pid).ok() != Some(record.init) {
+                        return None;
+                    }
+                    self.say_undecided();
                 }
             }
         }
     }
 
-    pub(super) async fn hear_or_ask(&mut self) -> Result<FromDestination, SendError> {
+    /// Once: a link that is back at once is not worth a word.
+    fn say_undecided(&mut self) {
+        if !std::mem::replace(&mut self.undecided, true) {
+            // It learns the rest from how this process ends.
+            drop(self.shim.send(&FromEngine::Undecided));
+        }
+    }
+
+    async fn hear_or_ask(&mut self) -> Result<FromDestination, SendError> {
         match &mut self.session {
             Some(session) => session.hear().await,
             None => self.ask_again().await,
         }
     }
 
-    pub(super) async fn ask_again(&mut self) -> Result<FromDestination, SendError> {
+    async fn ask_again(&mut self) -> Result<FromDestination, SendError> {
         let dialer = Dialer::new(
             self.job.peer_address.clone(),
             &self.job.peer_node,

@@ -8,7 +8,8 @@ use crate::wait::DEADLINE;
 /// Prints one line for each thing that a container or a migration could leave.
 ///
 /// Images, their content and their committed snapshots are meant to stay, logs
-/// too. A network namespace is listed by its name and by its process-less mount.
+/// too, and so are the arrival records, which answer whoever asks late. A network
+/// namespace is listed by its name and by its process-less mount.
 const LIST: &str = r#"
 cd /
 for dir in /proc/[0-9]*; do
@@ -32,7 +33,7 @@ for dir in /run/containerd/runc /run/containerd/io.containerd.runtime.v2.task \
   /var/lib/containerd/io.containerd.runtime.v2.task; do
   files $dir -mindepth 2
 done
-files /run/sterna -mindepth 1 \( ! -type d -o -path '*/staging/*' \)
+files /run/sterna -mindepth 1 \( ! -type d -o -path '*/staging/*' \) ! -path '/run/sterna/arrivals/*'
 files /var/lib/sterna -mindepth 1 ! -path '/var/lib/sterna/logs*'
 files /tmp -mindepth 1
 files /dev/shm -mindepth 1

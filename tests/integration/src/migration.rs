@@ -37,6 +37,8 @@ pub struct Listed {
     pub pid: u32,
     /// The process that keeps it.
     pub shim_pid: u32,
+    /// Where it is going to or coming from.
+    pub peer: Option<String>,
 }
 
 /// The containers under Sterna on a node.

@@ -208,14 +208,22 @@ impl Node {
             .success();
     }
 
+    /// The machine's end of the network cable. To pull that takes a millisecond,
+    /// where [`link`](Self::link) takes fifty.
+    pub fn device(&self) -> String {
+        let address = self.address();
+        let last = address.rsplit('.').next();
+        let slot = last.and_then(|last| last.parse::<u8>().ok()?.checked_sub(11));
+        // As hack/lib/network.sh numbers them.
+        let slot = slot.unwrap_or_else(|| panic!("{address} is no node's"));
+        format!("sterna{}-{slot}", self.lab)
+    }
+
     /// Lets only so much through to the node, such as `100mbit`: what takes
     /// moments then takes seconds. The limit ends with the value; none where the
     /// kernel cannot do that.
     pub fn slow_link(&self, rate: &str) -> Option<SlowLink> {
-        let address = self.address();
-        let slot: u8 = address.rsplit('.').next()?.parse().ok()?;
-        // As hack/lib/network.sh numbers them.
-        let device = format!("sterna{}-{}", self.lab, slot.checked_sub(11)?);
+        let device = self.device();
         let limit = [
             "root", "tbf", "rate", rate, "burst", "256kb", "latency", "200ms",
         ];
