@@ -6,6 +6,10 @@
 //! tasks back. So the helper keeps a copy of the listener and steps in: it makes
 //! the memory dump fail, which makes CRIU undo everything at once, and lets all
 //! else pass.
+//!
+//! A call that the killed process had taken and not answered is nobody's: it is not
+//! handed out again, and CRIU would wait for ever. CRIU is stopped and continued
+//! once, which interrupts such a wait and makes it begin the call anew.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,14 +24,21 @@ use crate::channel::Channel;
 /// How long a call may wait for a session's interceptor: fifty times what one takes.
 const GRACE: Duration = Duration::from_micros(500);
 
+/// How long an interceptor that outlives its session has for the call that it took.
+const LAST_ANSWER: Duration = Duration::from_millis(20);
+
 /// Starts to watch: the thread sleeps until the session's end of `channel` is
-/// closed, then answers until no process has the filter.
-pub(crate) fn watch(channel: &Channel, listener: &Listener) -> io::Result<()> {
+/// closed, then answers until no process has the filter. `criu` is the process that
+/// has it first.
+pub(crate) fn watch(channel: &Channel, listener: &Listener, criu: u32) -> io::Result<()> {
     let channel = channel.as_fd().try_clone_to_owned()?;
     let listener = Listener::from(listener.as_fd().try_clone_to_owned()?);
     thread::Builder::new().name("guard".into()).spawn(move || {
         wait_for_hangup(&channel);
-        answer_all(&listener);
+        thread::scope(|scope| {
+            scope.spawn(|| begin_anew(criu));
+            answer_all(&listener);
+        });
     })?;
     Ok(())
 }
@@ -37,6 +48,17 @@ fn wait_for_hangup(channel: &OwnedFd) {
     // cannot happen here, and stepping in early does no harm.
     let mut files = [PollFd::new(channel.as_fd(), PollFlags::empty())];
     while poll(&mut files, PollTimeout::NONE) == Err(nix::Error::EINTR) {}
+}
+
+/// Makes CRIU repeat a call that nobody is left to answer; any other goes on as if
+/// nothing had happened. See signal(7), "Interruption of system calls [...] by stop
+/// signals".
+fn begin_anew(criu: u32) {
+    thread::sleep(LAST_ANSWER);
+    for signal in [libc::SIGSTOP, libc::SIGCONT] {
+        // CRIU may have ended, and its helper with it in a moment.
+        sys::signal::send(criu.cast_signed(), signal).ok();
+    }
 }
 
 fn answer_all(listener: &Listener) {
@@ -104,11 +126,19 @@ mod tests {
             Some(opened.is_ok())
         });
         if let Ok(listener) = receiver.recv() {
-            watch(&Channel::from(helper), &listener).unwrap();
+            // Its calls are this process's, which must not stop itself.
+            let mut criu = std::process::Command::new("sleep")
+                .arg("60")
+                .spawn()
+                .unwrap();
+            watch(&Channel::from(helper), &listener, criu.id()).unwrap();
             drop(listener);
             thread::sleep(Duration::from_millis(20));
             assert!(!caller.is_finished(), "answered while the session is there");
             drop(session);
+            thread::sleep(2 * LAST_ANSWER);
+            criu.kill().unwrap();
+            criu.wait().unwrap();
         }
         assert_ne!(caller.join().unwrap(), Some(false));
     }

@@ -118,7 +118,7 @@ fn run(channel: &Channel) -> Result<(), HelperError> {
     let library = Libcriu::load()?;
     let mut worker = Worker::spawn(&library, &criu, &search_path, asked)?;
     if let Some(listener) = &worker.listener {
-        guard::watch(channel, listener).map_err(HelperError::Guard)?;
+        guard::watch(channel, listener, worker.process.id()).map_err(HelperError::Guard)?;
     }
     let listener: Vec<_> = worker.listener.iter().map(AsFd::as_fd).collect();
     channel
