@@ -206,6 +206,26 @@ pub(crate) fn kill_in(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Removes the group `path` of every hierarchy, also of a version 2 that has no
+/// controllers beside those of version 1: of a container that runc had not finished.
+pub(crate) fn remove_in(path: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let Ok(relative) = path.strip_prefix("/") else {
+        return;
+    };
+    for group in mount_points(&mounts)
+        .iter()
+        .map(|point| point.join(relative))
+    {
+        match fs::remove_dir(&group) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::debug!(%error, group = %group.display(), "a control group is left");
+            }
+            _ => {}
+        }
+    }
+}
+
 /// Moves a process of ours to the group `path` of every hierarchy that has it.
 pub(crate) fn join(pid: u32, path: &str) -> io::Result<()> {
     let path = path.trim_start_matches('/');

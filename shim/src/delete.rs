@@ -98,6 +98,7 @@ fn settle_migrations(bundle: &Path, invocation: &Invocation) -> anyhow::Result<(
         .cgroup()
         .context("its control group is not named by a path: not known to be empty")?;
     cgroup::kill_in(cgroup).context("cannot end its processes")?;
+    cgroup::remove_in(cgroup);
     nodeapi::arrival::fence_container(&run_dir, namespace, id)?;
     Ok(())
 }

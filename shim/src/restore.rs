@@ -7,7 +7,7 @@ use std::sync::Arc;
 use nodeapi::RestoreFlags;
 use serde::{Deserialize, Serialize};
 
-use crate::bundle::read_pid;
+use crate::bundle::{Spec, read_pid};
 use crate::cgroup::Cgroup;
 use crate::container::{CheckpointSource, Container};
 use crate::error::{Error, Result};
@@ -208,6 +208,11 @@ impl Restore {
         if let Some(cgroup) = self.cgroup {
             cgroup.kill_for_good().await;
             cgroup.remove();
+            if let Ok(spec) = Spec::read(&container.bundle)
+                && let Some(path) = spec.cgroup()
+            {
+                crate::cgroup::remove_in(path);
+            }
         }
         container.discard_in_runc().await;
         // runc removes its directory only for containers that it has finished.

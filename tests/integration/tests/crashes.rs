@@ -11,7 +11,11 @@ static LAB: SharedLab = SharedLab::new(9, |lab| {
     lab.up(&["a", "b"], Flavour::Forky, Cgroup::of_machine());
     lab.pair(&["a", "b"]);
     lab.import("a", &["valkey"]);
-    lab.import("b", &["valkey"]);
+    lab.import("b", &["valkey", "busybox"]);
+    // A node's first container leaves the control groups above its own.
+    Container::shell("first", "true")
+        .run(lab.node("b"))
+        .success();
 });
 
 const ENGINE: &[&str] = &["containerd-shim-sterna-v1 engine"];
