@@ -42,9 +42,7 @@ pub(crate) enum Error {
     NoCgroup,
     #[error("{what}: invalid argument")]
     InvalidArgument { what: String },
-    #[error("{what} is not supported: not implemented")]
-    Unimplemented { what: String },
-    #[error("{0}")]
+    #[error(transparent)]
     Runtime(#[from] RuncError),
     #[error("cannot {action} {path}")]
     Io {
@@ -128,7 +126,6 @@ impl Error {
             | Self::NotStarted
             | Self::CheckpointUnavailable { .. } => Code::FAILED_PRECONDITION,
             Self::InvalidArgument { .. } => Code::INVALID_ARGUMENT,
-            Self::Unimplemented { .. } => Code::UNIMPLEMENTED,
             Self::Runtime(_)
             | Self::Io { .. }
             | Self::System { .. }
@@ -193,6 +190,14 @@ mod tests {
                 Error::ExecExists("sh".into()),
                 Code::ALREADY_EXISTS,
                 "id sh: already exists",
+            ),
+            (
+                Error::Runtime(RuncError::Spawn {
+                    program: "no-runc".into(),
+                    source: io::ErrorKind::NotFound.into(),
+                }),
+                Code::UNKNOWN,
+                "cannot run \"no-runc\": entity not found",
             ),
             (
                 Error::InitNotRunning("web".into()),

@@ -31,7 +31,8 @@ const OUTPUT_GRACE: Duration = Duration::from_millis(200);
 /// A runc command that failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RuncError {
-    #[error("cannot run {program}")]
+    // In quotes: containerd's own tests look for them.
+    #[error("cannot run {program:?}")]
     Spawn {
         program: PathBuf,
         #[source]
