@@ -26,6 +26,7 @@ mod engine_link;
 mod error;
 mod events;
 mod exec;
+mod idmapped;
 mod info;
 mod io;
 mod logging;
@@ -40,6 +41,8 @@ mod process;
 mod reaper;
 mod restore;
 mod rootfs;
+#[cfg(test)]
+mod rootfs_tests;
 mod runc;
 mod server;
 mod service;

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::error::{Error, Result};
+use crate::idmapped::OwnerMaps;
 
 /// mount(2) takes one page of options; containerd keeps 512 bytes clear of it.
 const OPTIONS_LIMIT: usize = 4096 - 512;
@@ -33,6 +34,8 @@ struct Plan {
     chdir: Option<PathBuf>,
     /// Program for file systems in user space, such as `mount.fuse3`.
     helper: Option<String>,
+    /// How the owners of files are shown.
+    owners: Option<OwnerMaps>,
 }
 
 /// Mounts everything in order. What is mounted when one fails stays so that
@@ -90,6 +93,7 @@ fn plan(one: &Mount) -> Result<Plan> {
         loop_device: false,
         chdir: None,
         helper: None,
+        owners: None,
     };
     for program in ["fuse3", "fuse"] {
         if let Some(kind) = plan
@@ -103,17 +107,27 @@ fn plan(one: &Mount) -> Result<Plan> {
         }
     }
     let mut data: Vec<String> = Vec::new();
+    let (mut uid_map, mut gid_map) = (None, None);
     for option in &one.options {
         match flag(option) {
             Some((flags, true)) => plan.flags.remove(flags),
             Some((flags, false)) => plan.flags.insert(flags),
             None if option == "loop" => plan.loop_device = true,
-            None if option.starts_with("uidmap=") || option.starts_with("gidmap=") => {
-                return Err(Error::Unimplemented {
-                    what: format!("mount option {option}"),
-                });
-            }
-            None => data.push(option.clone()),
+            None => match option.split_once('=') {
+                Some(("uidmap", map)) => uid_map = Some(map),
+                Some(("gidmap", map)) => gid_map = Some(map),
+                _ => data.push(option.clone()),
+            },
+        }
+    }
+    if uid_map.is_some() || gid_map.is_some() {
+        plan.owners = uid_map
+            .zip(gid_map)
+            .and_then(|(uid, gid)| OwnerMaps::parse(uid, gid));
+        if plan.owners.is_none() {
+            return Err(Error::InvalidArgument {
+                what: format!("mount options uidmap={uid_map:?} gidmap={gid_map:?}"),
+            });
         }
     }
     plan.propagation = plan.flags & (PROPAGATION | MsFlags::MS_REC);
@@ -122,7 +136,7 @@ fn plan(one: &Mount) -> Result<Plan> {
     }
     plan.flags.remove(PROPAGATION);
     let length: usize = data.iter().map(|option| option.len() + 1).sum();
-    if plan.kind == "overlay" && length >= OPTIONS_LIMIT {
+    if plan.kind == "overlay" && plan.owners.is_none() && length >= OPTIONS_LIMIT {
         plan.chdir = compact(&mut data);
     }
     plan.data = data.join(",");
@@ -237,9 +251,12 @@ fn perform(one: &Mount, target: &Path) -> Result<()> {
         }
         Ok(())
     };
-    match &plan.chdir {
-        None => first().map_err(io::Error::from),
-        Some(directory) => within(directory, first),
+    match (&plan.owners, &plan.chdir) {
+        (Some(owners), _) if plan.kind == "overlay" => {
+            owners.mount_overlay(plan.flags, &plan.data, target)
+        }
+        (_, Some(directory)) => within(directory, first),
+        (_, None) => first().map_err(io::Error::from),
     }
     .map_err(failed)?;
     let change = |flags| {
@@ -253,7 +270,10 @@ fn perform(one: &Mount, target: &Path) -> Result<()> {
     if plan.flags.contains(MsFlags::MS_BIND | MsFlags::MS_RDONLY) {
         change(plan.flags | MsFlags::MS_REMOUNT)?;
     }
-    Ok(())
+    match &plan.owners {
+        Some(owners) if plan.kind != "overlay" => owners.map_mount(target).map_err(failed),
+        _ => Ok(()),
+    }
 }
 
 /// Runs `work` with another working directory, on a thread that shares it with
@@ -314,7 +334,7 @@ pub(crate) fn unmount(path: &Path) -> io::Result<()> {
 /// Mount points of this mount namespace, in the order they were mounted.
 fn mount_points() -> io::Result<Vec<PathBuf>> {
     Ok(parse_mount_points(&fs::read_to_string(
-        "/proc/self/mountinfo",
+        "/proc/thread-self/mountinfo",
     )?))
 }
 
@@ -397,6 +417,16 @@ mod tests {
         let plan = plan(&request("fuse3.fuse-overlayfs", &["lowerdir=/a"])).unwrap();
         assert_eq!(plan.helper.as_deref(), Some("mount.fuse3"));
         assert_eq!(plan.kind, "fuse-overlayfs");
+    }
+
+    #[test]
+    fn owners_are_mapped_for_users_and_groups_or_not_at_all() {
+        let both = plan(&request("overlay", &["uidmap=0:1:2", "gidmap=0:3:4"])).unwrap();
+        assert_eq!(both.owners, OwnerMaps::parse("0:1:2", "0:3:4"));
+        assert_eq!(both.data, "");
+        for options in [&["uidmap=0:1:2"][..], &["uidmap=0:1:2", "gidmap=x"]] {
+            assert!(plan(&request("bind", options)).is_err());
+        }
     }
 
     #[test]

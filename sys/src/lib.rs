@@ -6,6 +6,7 @@
 #[cfg(feature = "testing")]
 pub mod churn;
 pub mod fdpass;
+pub mod idmap;
 pub mod inject;
 pub mod mapping;
 pub mod memory;
