@@ -396,6 +396,11 @@ impl Background {
         Output::new(self.command.clone(), output)
     }
 
+    /// Whether it has not ended yet.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
     /// Its process, as the machine sees it.
     pub fn pid(&self) -> u32 {
         self.child.id()

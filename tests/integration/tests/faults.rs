@@ -136,6 +136,23 @@ fn the_destinations_containerd_is_killed() {
 }
 
 #[test]
+fn the_sources_containerd_is_restarted_and_the_container_moves_all_the_same() {
+    let Some(lab) = LAB.get() else { return };
+    let (a, b) = (lab.node("a"), lab.node("b"));
+    let Some(mut scene) = Scene::set(lab, "source-restart") else {
+        return;
+    };
+    let migration = scene.under_way(&[]);
+    a.service("kill", "containerd");
+    a.service("start", "containerd");
+    assert_eq!(scene.valkey.status(a).as_deref(), Some("RUNNING"));
+    migration.success();
+    settled(&scene.valkey, b);
+    scene.load.assert_served();
+    scene.load.stop().assert_nothing_lost();
+}
+
+#[test]
 fn the_link_is_cut() {
     let Some(lab) = LAB.get() else { return };
     let b = lab.node("b");
