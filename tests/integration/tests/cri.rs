@@ -247,10 +247,6 @@ under_every_handler!(root_of_a_pod_with_user_namespaces_is_somebody_else_outside
         skip("containerd 1.7 with runc 1.1 has no pods with user namespaces");
         return;
     }
-    if cri.handler() == STERNA_HANDLER {
-        skip("the shim cannot map the owners of a root file system (uidmap=)");
-        return;
-    }
     let range = json!([{ "host_id": 200_000, "container_id": 0, "length": 65_536 }]);
     let mapped = |config: &mut Value| {
         config["linux"]["security_context"]["namespace_options"]["userns_options"] =
