@@ -42,6 +42,7 @@ control_up() {
   local service
   if [[ ! -e $KUBE_STATE/release ]]; then
     rm -rf "$KUBE_STATE"
+    mkdir -m 700 "$KUBE_STATE"
     pki_make "$KUBE_STATE/pki" "$(node_address "$CONTROL")" "$API_SERVICE" 127.0.0.1
     kubeconfig "$KUBE_STATE/pki" admin "$(api_server)" >"$KUBECONFIG_ADMIN"
     ln -s "$(programs_path kubernetes "$1")" "$KUBE_STATE/programs"

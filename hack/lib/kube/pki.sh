@@ -9,8 +9,7 @@
 pki_make() {
   local pki=$1 names
   names=$(printf ',IP:%s' "${@:2}")
-  mkdir -p "$pki"
-  chmod 700 "$pki"
+  mkdir -m 700 "$pki"
   authority "$pki" ca
   # Extension API servers trust who this one vouches for, and nobody else.
   authority "$pki" front-proxy-ca
