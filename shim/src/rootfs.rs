@@ -8,6 +8,7 @@ use std::process::Command;
 use containerd_shim_protos::api::Mount;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use sys::loop_device;
 
 use crate::error::{Error, Result};
 use crate::idmapped::OwnerMaps;
@@ -229,20 +230,23 @@ fn perform(one: &Mount, target: &Path) -> Result<()> {
     if let Some(helper) = &plan.helper {
         return run_helper(helper, one, &plan.kind, target).map_err(failed);
     }
-    if plan.loop_device {
-        return containerd_shim::mount::mount_rootfs(
-            Some(one.type_.as_str()),
-            Some(one.source.as_str()),
-            &one.options,
-            target,
-        )
-        .map_err(|error| failed(io::Error::other(error)));
-    }
+    // Detaches itself when this returns, unless it is mounted by then.
+    let device = match plan.loop_device {
+        true => {
+            let read_only = plan.flags.contains(MsFlags::MS_RDONLY);
+            Some(loop_device::attach(Path::new(&plan.source), read_only).map_err(failed)?)
+        }
+        false => None,
+    };
+    let source = match &device {
+        Some(device) => device.path(),
+        None => Path::new(&plan.source),
+    };
     let first = || -> nix::Result<()> {
         let skip = plan.flags.contains(MsFlags::MS_REMOUNT) && plan.data.is_empty();
         if !skip {
             mount(
-                Some(plan.source.as_str()),
+                Some(source),
                 target,
                 Some(plan.kind.as_str()).filter(|kind| !kind.is_empty()),
                 plan.flags,

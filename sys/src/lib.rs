@@ -1,4 +1,4 @@
-//! The unsafe system interface: userfaultfd, PAGEMAP_SCAN, ptrace injection, pidfd, seccomp listener.
+//! The unsafe system interface: userfaultfd, PAGEMAP_SCAN, ptrace injection, pidfd, seccomp listener, loop devices.
 //!
 //! One module per kernel interface. What a module exports is safe to call unless it is marked `unsafe`; file
 //! descriptors are owned or borrowed, never numbers; errors carry the `errno`.
@@ -8,6 +8,7 @@ pub mod churn;
 pub mod fdpass;
 pub mod idmap;
 pub mod inject;
+pub mod loop_device;
 pub mod mapping;
 pub mod memory;
 pub mod netns;
