@@ -28,6 +28,9 @@ mac_of() {
   printf '02:%02x:%02x:%02x:%02x:%02x\n' "$2" "${byte[@]}"
 }
 
+# netns_link ADDRESS: the node's end of the pair of a network namespace with it.
+netns_link() { echo "v$(mac_of "$1" 2 | cut -d: -f3- | tr -d :)"; }
+
 # /sys may show another network namespace than ours; ip asks the kernel.
 has_link() { ip link show dev "$1" >/dev/null 2>&1; }
 

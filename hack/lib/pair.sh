@@ -39,3 +39,14 @@ enroll() {
 sternad_config() {
   printf '[network]\nbridge = "br0"\n'
 }
+
+# wait_settled NODE: until all memory is in place, and the container can go on.
+wait_settled() {
+  local try
+  for ((try = 0; try < 600; try++)); do
+    [[ ! $(on "$1" sterna ps --json) =~ '"state": "running"' ]] || return 0
+    sleep 0.1
+  done
+  on "$1" sterna ps >&2
+  die "the container is not running on $1 a minute after it arrived (above: sterna ps)"
+}

@@ -19,6 +19,21 @@ valkey_start() {
   valkey_wait || die "Valkey does not answer on $VALKEY_ADDRESS: see /var/log/valkey.log on node $1"
 }
 
+# valkey_remove NODE: whatever there is of it. Sterna removes the address itself,
+# a little after the container has gone.
+valkey_remove() {
+  # shellcheck disable=SC2016 # for the inner shell
+  on "$1" sh -c '
+    ctr tasks delete --force valkey
+    ctr containers delete valkey
+    ip -n valkey link delete eth0
+    ip netns delete valkey
+    for try in $(seq 250); do
+      ip link show dev "$1" || break
+      sleep 0.02
+    done' sh "$(netns_link "$VALKEY_ADDRESS")" >/dev/null 2>&1
+}
+
 # valkey_wait: until it accepts connections.
 valkey_wait() {
   local try
