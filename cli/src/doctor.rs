@@ -91,12 +91,17 @@ fn text(out: &mut impl Write, findings: &[pb::Finding]) -> io::Result<()> {
             finding.text
         )?;
     }
-    let count = |severity| findings.iter().filter(|f| f.severity() == severity).count();
-    match (count(Severity::Problem), count(Severity::Warning)) {
-        (0, 0) => writeln!(out, "no problems"),
-        (0, warnings) => writeln!(out, "no problems, {warnings} warnings"),
-        (problems, warnings) => writeln!(out, "{problems} problems, {warnings} warnings"),
-    }
+    let count = |severity, what| {
+        let found = findings.iter().filter(|f| f.severity() == severity).count();
+        match found {
+            0 => format!("no {what}s"),
+            1 => format!("1 {what}"),
+            _ => format!("{found} {what}s"),
+        }
+    };
+    let problems = count(Severity::Problem, "problem");
+    let warnings = count(Severity::Warning, "warning");
+    writeln!(out, "{problems}, {warnings}")
 }
 
 #[cfg(test)]
@@ -125,7 +130,7 @@ mod tests {
         assert_eq!(
             text,
             "node a\n  ok       criu: criu 4.2.1\n  problem  criu: criu 4.2.1\n\
-             pair a to b\n  warning  criu: criu 4.2.1\n1 problems, 1 warnings\n"
+             pair a to b\n  warning  criu: criu 4.2.1\n1 problem, 1 warning\n"
         );
         let json = serde_json::to_value(report(false, &findings)).unwrap();
         assert_eq!(json["ok"], false);

@@ -16,6 +16,43 @@ use crate::format::{bytes, millis};
 use crate::report::Report;
 
 pub(crate) async fn run(arguments: &Arguments, command: &Migrate) -> Result<Exit, Failed> {
+    let report = match begin(arguments, command).await {
+        Ok((client, events)) => {
+            let show = match command.json {
+                true => Show::Nothing,
+                false if io::stderr().is_terminal() => Show::Line,
+                false => Show::Lines,
+            };
+            follow(client, events, show).await
+        }
+        Err(failed) => {
+            if command.json {
+                let reason = format!("{:#}", failed.error);
+                let name = arguments.container(&command.name);
+                object(&Report::not_begun(name, &command.to, failed.exit, reason))?;
+            }
+            return Err(failed);
+        }
+    };
+    if command.json {
+        object(&report)?;
+    } else if report.exit() == Exit::Success {
+        let table = report.table(&mut io::stdout().lock());
+        table.context("cannot write the result")?;
+    }
+    for notice in &report.notices {
+        eprintln!("sterna: note: {notice}");
+    }
+    if report.exit() != Exit::Success {
+        eprintln!("sterna: {}", report.complaint());
+    }
+    Ok(report.exit())
+}
+
+async fn begin(
+    arguments: &Arguments,
+    command: &Migrate,
+) -> Result<(Client, Streaming<pb::MigrateEvent>), Failed> {
     let mut client = connect(arguments).await?;
     let millis = |time: Option<std::time::Duration>| {
         time.map_or(0, |time| {
@@ -29,30 +66,16 @@ pub(crate) async fn run(arguments: &Arguments, command: &Migrate) -> Result<Exit
         deadline_ms: millis(command.deadline),
     };
     let events = client.migrate(request).await.map_err(refused)?.into_inner();
-    let show = match command.json {
-        true => Show::Nothing,
-        false if io::stderr().is_terminal() => Show::Line,
-        false => Show::Lines,
-    };
-    let report = follow(client, events, show).await;
+    Ok((client, events))
+}
+
+/// For scripts: the one line on standard output.
+fn object(report: &Report) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    let shown = if command.json {
-        serde_json::to_writer(&mut out, &report)
-            .map_err(io::Error::from)
-            .and_then(|()| writeln!(out))
-    } else if report.exit() == Exit::Success {
-        report.table(&mut out)
-    } else {
-        Ok(())
-    };
-    shown.context("cannot write the result")?;
-    for notice in &report.notices {
-        eprintln!("sterna: note: {notice}");
-    }
-    if report.exit() != Exit::Success {
-        eprintln!("sterna: {}", report.complaint());
-    }
-    Ok(report.exit())
+    serde_json::to_writer(&mut out, report)
+        .map_err(io::Error::from)
+        .and_then(|()| writeln!(out))
+        .context("cannot write the result")
 }
 
 /// Where progress goes; always to standard error.
@@ -76,10 +99,8 @@ async fn follow(mut client: Client, mut events: Streaming<pb::MigrateEvent>, sho
             interrupted = tokio::signal::ctrl_c() => {
                 // Without a handler for it Ctrl-C ends this process, and that is all.
                 if cancelled || interrupted.is_err() {
-                    clear(show);
-                    eprintln!("sterna: left alone: sterna ps shows the migration, sterna cancel stops it");
-                    report.outcome = "unknown".into();
-                    return report;
+                    report.notices.push("the migration goes on: sterna cancel stops it".into());
+                    break;
                 }
                 cancelled = true;
                 clear(show);
@@ -106,6 +127,9 @@ async fn follow(mut client: Client, mut events: Streaming<pb::MigrateEvent>, sho
         }
     }
     clear(show);
+    if report.outcome.is_empty() {
+        report.outcome = "unknown".into();
+    }
     report
 }
 

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use proto::agent::ContainerName;
 use proto::agent::migrate_event::Event;
 use proto::engine as epb;
 use proto::engine::progress;
@@ -92,6 +93,36 @@ fn ms(micros: u64) -> f64 {
 }
 
 impl Report {
+    /// Of a migration that sternad did not take on, or was not there to take on.
+    pub(crate) fn not_begun(
+        container: ContainerName,
+        destination: &str,
+        exit: Exit,
+        reason: String,
+    ) -> Self {
+        let mut report = Self {
+            namespace: container.namespace,
+            container: container.id,
+            destination: destination.into(),
+            ..Self::default()
+        };
+        if let Exit::Refused | Exit::Usage = exit {
+            report.outcome = "refused".into();
+            report.refusals.push(Refusal {
+                subject: "request".into(),
+                text: reason,
+            });
+        } else {
+            report.outcome = "failed".into();
+            report.failure = Some(Failure {
+                phase: "begin".into(),
+                side: "source agent".into(),
+                reason,
+            });
+        }
+        report
+    }
+
     /// Takes one event in.
     pub(crate) fn add(&mut self, event: &Event) {
         match event {
@@ -285,7 +316,8 @@ impl Report {
                 "{} failed in phase {}: {}; {stays}",
                 failure.side, failure.phase, failure.reason
             ),
-            _ => "sternad ended before the migration did: sterna ps shows where the container is"
+            // Sternad ended before the migration did, or we were told to leave.
+            _ => "how the migration ends is not known here: sterna ps shows where the container is"
                 .into(),
         }
     }
@@ -448,6 +480,25 @@ mod tests {
         let mut report = Report::default();
         report.add(&at(5, progress::Event::Finished(finished("cancelled"))));
         assert_eq!(report.exit(), Exit::Cancelled);
+    }
+
+    #[test]
+    fn what_was_not_begun_has_an_outcome_and_a_reason() {
+        let report = |exit| {
+            let name = ContainerName {
+                namespace: String::new(),
+                id: "web".into(),
+            };
+            let report = Report::not_begun(name, "b", exit, "no".into());
+            serde_json::to_value(report).unwrap()
+        };
+        let refused = report(Exit::Refused);
+        assert_eq!(refused["outcome"], "refused");
+        assert_eq!(refused["container"], "web");
+        assert_eq!(refused["refusals"][0]["text"], "no");
+        let failed = report(Exit::NoAgent);
+        assert_eq!(failed["outcome"], "failed");
+        assert_eq!(failed["failure"]["reason"], "no");
     }
 
     #[test]
