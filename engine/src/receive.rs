@@ -161,7 +161,7 @@ async fn receive(
     let server = tokio::spawn(
         link::server()
             .add_service(
-                MigrationServer::new(service)
+                MigrationServer::new(service.clone())
                     .max_decoding_message_size(MESSAGE_BYTES)
                     .max_encoding_message_size(MESSAGE_BYTES),
             )
@@ -176,6 +176,7 @@ async fn receive(
         switch,
         staging,
         arrival,
+        service,
         arrived,
         sessions,
         messages,
@@ -209,6 +210,7 @@ struct Receiver {
     switch: Option<Switch>,
     staging: Arc<Staging>,
     arrival: Arrival,
+    service: Service,
     arrived: watch::Receiver<Arrived>,
     sessions: mpsc::Receiver<Session>,
     messages: mpsc::UnboundedReceiver<ToEngine>,
@@ -377,6 +379,7 @@ impl Receiver {
         self.advance(Event::Final);
         let prepared = self.check(&account).await?;
         self.advance(Event::Checked);
+        self.service.admit_later_sessions();
         session.say(ToSource::Prepared(prepared)).await;
         Ok((flags, begun.elapsed()))
     }

@@ -81,6 +81,10 @@ struct Inner {
 struct Open {
     pages: Vec<u32>,
     trees: Vec<i32>,
+    session: bool,
+    /// From now on the source may have committed: if it loses its session, it
+    /// asks in another.
+    undecided: bool,
 }
 
 impl Service {
@@ -101,6 +105,13 @@ impl Service {
             sessions,
         };
         (Self(Arc::new(inner)), account, opened)
+    }
+
+    /// Lets a source that loses its session open another: before this, a ticket
+    /// is good for one.
+    pub(crate) fn admit_later_sessions(&self) {
+        let mut open = self.0.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.undecided = true;
     }
 
     fn authorise<T>(&self, request: &Request<T>) -> Result<(), Status> {
@@ -127,7 +138,7 @@ impl Service {
             Ok(())
         } else {
             Err(Status::already_exists(
-                "this stream was opened before, or is one too many",
+                "this was opened before with the same ticket, or is one too many",
             ))
         }
     }
@@ -182,6 +193,7 @@ impl Migration for Service {
         request: Request<Streaming<pb::SourceMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
         self.authorise(&request)?;
+        self.claim(|open| !std::mem::replace(&mut open.session, true) || open.undecided)?;
         let (to_source, answers) = mpsc::channel(8);
         self.0
             .sessions

@@ -20,6 +20,7 @@ mod migration;
 mod moment;
 mod node;
 mod output;
+mod replay;
 mod wait;
 
 pub use cluster::{Cluster, Deployment};
@@ -34,4 +35,5 @@ pub use migration::{Listed, Migration, Moved, listed, migrate, migrate_with, set
 pub use moment::{Moment, Victim};
 pub use node::{Background, Cgroup, Flavour, Node, SlowLink};
 pub use output::Output;
+pub use replay::{StolenTicket, TicketThief};
 pub use wait::{DEADLINE, eventually, eventually_within};

@@ -129,6 +129,14 @@ impl Migration {
         }
     }
 
+    /// Waits until the source has begun to copy memory.
+    #[track_caller]
+    pub fn wait_for_begin(&mut self) {
+        self.command
+            .line(PATIENCE, |line| line == "pre-copy")
+            .expect("the migration copies memory");
+    }
+
     /// Its exit code and everything it said.
     #[track_caller]
     pub fn ended(self) -> (i32, String) {

@@ -5,8 +5,8 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use sterna_integration::{
-    Cgroup, Container, Flavour, Inventory, Lab, Load, Migration, Running, SharedLab, eventually,
-    migrate, settled, skip,
+    Cgroup, Container, Flavour, Inventory, Lab, Load, Migration, Running, SharedLab, TicketThief,
+    eventually, migrate, settled, skip,
 };
 
 static LAB: SharedLab = SharedLab::new(7, |lab| {
@@ -178,6 +178,59 @@ fn a_destination_without_criu() {
     assert_eq!(code, REFUSED, "{said}");
     assert!(said.to_lowercase().contains("criu"), "{said}");
     migrate(&container, a, b);
+}
+
+/// Both nodes are on one machine, so the other CPU is one whose /proc/cpuinfo
+/// lacks something: that is where sternad looks.
+#[test]
+fn a_destination_with_another_cpu() {
+    let Some(lab) = LAB.get() else { return };
+    let (a, b) = (lab.node("a"), lab.node("b"));
+    let container = Container::shell("picky", COUNTER).start(lab, a);
+    b.sh("sed 's/ sse2 / /; s/ asimd / /' /proc/cpuinfo >/tmp/cpuinfo
+        mount --bind /tmp/cpuinfo /proc/cpuinfo")
+        .success();
+    let (code, said) = is_not_moved(lab, &container, &[]);
+    let doctor = a.sterna(&["doctor", "picky", "--to", "b"]);
+    b.sh("umount /proc/cpuinfo; rm /tmp/cpuinfo").success();
+    assert_eq!(code, REFUSED, "{said}");
+    assert!(said.contains("sse2") || said.contains("asimd"), "{said}");
+    assert_eq!(doctor.code(), 1, "{doctor}");
+    assert!(doctor.stdout.contains("CPU"), "{doctor}");
+    migrate(&container, a, b);
+}
+
+/// Whoever has a ticket, its secret and even the source's certificate begins no
+/// second migration with it, neither beside the first nor after it.
+#[test]
+fn a_ticket_that_is_used_twice() {
+    let Some(lab) = LAB.get() else { return };
+    let (a, b) = (lab.node("a"), lab.node("b"));
+    let Some(slow) = b.slow_link("100mbit") else {
+        return skip("this kernel cannot limit a link (tc, tbf)");
+    };
+    a.sh("sternad enroll stranger --out /root/stranger")
+        .success();
+    let valkey = Container::valkey("robbed").start(lab, a);
+    let load = Load::start(lab, valkey.address(), "64M", "0/s");
+    let thief = TicketThief::lurk(b, "robbed");
+    let mut migration = Migration::start(&valkey, a, b, &["--max-blackout", "2s"]);
+    let ticket = thief.catch();
+    migration.wait_for_begin();
+    let (own, stranger) = ("/etc/sterna/pki", "/root/stranger");
+    let second = ticket.present(a, own).unwrap_err();
+    assert!(second.contains("same ticket"), "{second}");
+    let guess = ticket.with_wrong_secret().present(a, own).unwrap_err();
+    assert!(guess.contains("does not carry the ticket"), "{guess}");
+    // Refused in the handshake, or right after it.
+    ticket.present(a, stranger).unwrap_err();
+    drop(slow);
+    migration.success();
+    settled(&valkey, b);
+    let late = ticket.present(a, own).unwrap_err();
+    assert!(late.contains("UnrecognisedName"), "{late}");
+    a.sh("rm -r /root/stranger").success();
+    load.stop().assert_nothing_lost();
 }
 
 #[test]
