@@ -63,6 +63,10 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the agent.
+    #[command(after_help = "\
+Without a file every setting has its default: install/sternad.toml lists them.
+STERNA_LOG says what is logged, to standard error: error, warn, info, debug, or by
+module, such as info,sternad::listener=debug.")]
     Run {
         /// Configuration file [default: /etc/sterna/sternad.toml, if there is one].
         #[arg(long, value_name = "FILE")]

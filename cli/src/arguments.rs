@@ -103,7 +103,7 @@ Nothing is touched. Exits with 1 if there is a problem.")]
 
 #[derive(Debug, Args)]
 pub(crate) struct Ps {
-    /// For scripts.
+    /// For scripts: an array with an object for each container.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -164,7 +164,7 @@ pub(crate) struct Doctor {
     /// The other node of a pair.
     #[arg(long, value_name = "NODE")]
     pub(crate) to: Option<String>,
-    /// For scripts.
+    /// For scripts: one object with all findings.
     #[arg(long)]
     pub(crate) json: bool,
 }

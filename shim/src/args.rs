@@ -13,6 +13,8 @@ pub(crate) enum Action {
     Info,
     /// Say the version, for people.
     Version,
+    /// Say what this is, for people.
+    Help,
     /// Be the server; only `Start` runs this.
     Serve,
 }
@@ -90,6 +92,7 @@ impl Invocation {
                 "debug" => invocation.debug = attached.as_deref() != Some("false"),
                 "v" | "version" => invocation.action = Action::Version,
                 "info" => invocation.action = Action::Info,
+                "h" | "help" => invocation.action = Action::Help,
                 _ => return Err(ArgsError::UnknownFlag(arg)),
             }
         }
@@ -134,6 +137,7 @@ mod tests {
         assert_eq!(parse("-v").unwrap().action, Action::Version);
         assert_eq!(parse("-version").unwrap().action, Action::Version);
         assert_eq!(parse("-info").unwrap().action, Action::Info);
+        assert_eq!(parse("--help").unwrap().action, Action::Help);
         assert_eq!(parse("-namespace a -id b").unwrap().action, Action::Serve);
     }
 

@@ -1,4 +1,4 @@
-//! `-v` and `-info`: what this runtime is.
+//! `-v`, `-help` and `-info`: what this runtime is.
 
 use std::io::{self, IsTerminal, Read, Write};
 use std::process::{Command, Stdio};
@@ -22,6 +22,20 @@ pub(crate) fn version() -> anyhow::Result<()> {
         io::stdout(),
         "containerd-shim-sterna-v1:\n  Version:  {}",
         env!("CARGO_PKG_VERSION")
+    )
+    .context("cannot answer")
+}
+
+/// Says to people who runs this.
+pub(crate) fn help() -> anyhow::Result<()> {
+    writeln!(
+        io::stdout(),
+        "containerd-shim-sterna-v1: a containerd runtime shim whose containers can move
+
+containerd runs this, nobody else has to:
+  ctr run --runtime io.containerd.sterna.v1 IMAGE NAME
+
+By hand: -v says the version, -info describes the runtime (for containerd)."
     )
     .context("cannot answer")
 }

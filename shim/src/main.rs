@@ -79,6 +79,7 @@ fn shim() -> anyhow::Result<()> {
     let invocation = Invocation::parse(std::env::args().skip(1)).context("bad arguments")?;
     match invocation.action {
         Action::Version => info::version(),
+        Action::Help => info::help(),
         Action::Info => info::info(),
         Action::Start => bootstrap::start(&invocation),
         Action::Delete => delete::delete(&invocation),
