@@ -119,13 +119,13 @@ move_stock() {
 copy_plainly() {
   local receiver
   new_move plain "$1" '' 1
-  on b busybox nc -l -p "$STOCK_PORT" </dev/null >/dev/null &
+  on b python3 -c "$STOCK_LISTEN" "$STOCK_PORT" >/dev/null &
   receiver=$!
   wait_listening b "$STOCK_PORT"
   # shellcheck disable=SC2016 # for the node's shell
   on a bash -c '
     began=${EPOCHREALTIME/[.,]/}
-    head -c "$1" /dev/zero >"/dev/tcp/$2/$3"
+    dd if=/dev/zero bs=1M count="$1" iflag=count_bytes status=none >"/dev/tcp/$2/$3"
     echo $((${EPOCHREALTIME/[.,]/} - began))' \
     copy "$1" "$("$HACK_DIR/nodes" ip b)" "$STOCK_PORT" >"$MOVE/total_us"
   wait "$receiver"

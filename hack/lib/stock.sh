@@ -8,6 +8,13 @@
 STOCK_PORT=7000
 STOCK_IMAGE=localhost/checkpoint:1
 
+# What busybox's nc does, which moves a KiB at a time: one connection to the port,
+# to standard output.
+STOCK_LISTEN='
+import shutil, socket, sys
+connection = socket.create_server(("", int(sys.argv[1]))).accept()[0]
+shutil.copyfileobj(connection.makefile("rb"), sys.stdout.buffer, 1 << 20)'
+
 # stock_prepare FROM TO: what can be done beforehand: connections may be dumped
 # (runc has no flag for it by way of containerd), the destination has the network
 # namespace, unplugged, and waits for the copy.
@@ -26,14 +33,14 @@ stock_prepare() {
 # stock_receive TO: prints when the copy was there and when the container ran, in
 # microseconds since the epoch.
 stock_receive() {
-  on "$1" bash -c "$STOCK_RECEIVE" receive "$STOCK_PORT" "$STOCK_IMAGE" "$HOST_ADDRESS" </dev/null
+  on "$1" bash -c "$STOCK_RECEIVE" receive "$STOCK_PORT" "$STOCK_IMAGE" "$HOST_ADDRESS" "$STOCK_LISTEN"
 }
 
 # The ping is the first frame, which tells the bridges where the address is now.
 # shellcheck disable=SC2016 # for the node's shell
 STOCK_RECEIVE='
   set -euo pipefail
-  busybox nc -l -p "$1" | ctr images import --local --all-platforms --no-unpack - >/dev/null
+  python3 -c "$4" "$1" | ctr images import --local --all-platforms --no-unpack - >/dev/null
   echo "copied ${EPOCHREALTIME/[.,]/}"
   ip -n valkey link set eth0 up
   ip netns exec valkey ping -q -c 1 -W 1 "$3" >/dev/null 2>&1 &

@@ -267,7 +267,7 @@ mod tests {
     use protobuf::{EnumOrUnknown, MessageField};
 
     use super::*;
-    use crate::events::to_any;
+    use crate::any::to_any;
 
     fn invocation() -> Invocation {
         Invocation::parse(

@@ -10,10 +10,11 @@ use containerd_shim_protos::events::task::{
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::topics;
-use protobuf::well_known_types::any::Any;
+use protobuf::MessageField;
 use protobuf::well_known_types::timestamp::Timestamp;
-use protobuf::{MessageField, MessageFull};
 use tokio::sync::{mpsc, oneshot};
+
+use crate::any::{Packed, to_any};
 
 /// How long one attempt may take, as in the Go shim.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,7 +27,7 @@ const LIFETIME: Duration = Duration::from_secs(60);
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// A message with its topic.
-pub(crate) trait Event: MessageFull {
+pub(crate) trait Event: Packed {
     /// containerd's name for it.
     const TOPIC: &'static str;
 }
@@ -168,15 +169,6 @@ async fn attempt(
     let context = ttrpc::context::with_duration(ATTEMPT_TIMEOUT);
     client.forward(context, request).await?;
     Ok(())
-}
-
-/// Packs a message the way containerd does: the bare name of its type.
-pub(crate) fn to_any<M: MessageFull>(message: &M) -> protobuf::Result<Any> {
-    Ok(Any {
-        type_url: M::descriptor().full_name().to_owned(),
-        value: message.write_to_bytes()?,
-        ..Default::default()
-    })
 }
 
 /// A point in time as protobuf writes it.

@@ -13,6 +13,7 @@
 //! containerd -> shim delete           cleans up after a dead server
 //! ```
 
+mod any;
 mod args;
 mod bootstrap;
 mod bundle;

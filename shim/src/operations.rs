@@ -259,7 +259,7 @@ fn process_details(exec_id: &str) -> Result<Any> {
         exec_id: exec_id.to_owned(),
         ..Default::default()
     };
-    crate::events::to_any(&details).map_err(|error| Error::InvalidArgument {
+    crate::any::to_any(&details).map_err(|error| Error::InvalidArgument {
         what: format!("exec id {exec_id:?}: {error}"),
     })
 }

@@ -213,7 +213,7 @@ fn config_body(message: &[u8]) -> protobuf::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::events::to_any;
+    use crate::any::to_any;
 
     #[test]
     fn no_options_are_the_defaults() {

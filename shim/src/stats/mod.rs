@@ -8,9 +8,9 @@ use std::path::Path;
 
 use protobuf::well_known_types::any::Any;
 
+use crate::any::to_any;
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Result};
-use crate::events::to_any;
 
 /// Reads everything. Blocks a little.
 pub(crate) fn collect(cgroup: &Cgroup) -> Result<Any> {
