@@ -15,6 +15,7 @@
 //! answers        what is said in the place of an engine that is gone
 //! arrivals       containers on their way here
 //! departures     containers on their way from here
+//! pods           whose containers are their kubelet's: who asks for a state meets who has one
 //! ```
 
 mod answers;
@@ -31,6 +32,7 @@ mod local_service;
 mod node;
 mod peer;
 mod peer_service;
+mod pods;
 mod probe;
 mod process;
 mod serve;

@@ -14,6 +14,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, bail};
 use proto::agent::agent_server::AgentServer;
 use proto::agent::peer_server::PeerServer;
+use proto::agent::pods_server::PodsServer;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -27,6 +28,8 @@ use crate::listener;
 use crate::local_service::LocalService;
 use crate::node::Node;
 use crate::peer_service::PeerService;
+use crate::pods::Pods;
+use crate::pods::service::PodService;
 use crate::startup;
 use crate::sweep;
 
@@ -60,7 +63,8 @@ pub(crate) async fn run(config: Config, notify_socket: Option<OsString>) -> anyh
     let mut interrupt = signal(SignalKind::interrupt())?;
 
     let stop = CancellationToken::new();
-    let arrivals = Arrivals::new(Arc::clone(&node));
+    let pods = Arc::new(Pods::new());
+    let arrivals = Arrivals::new(Arc::clone(&node), Arc::clone(&pods));
     let departures = Departures::new(Arc::clone(&node));
     departures.resume();
     tokio::spawn(sweep::follow_deletions(Arc::clone(&node)));
@@ -75,9 +79,11 @@ pub(crate) async fn run(config: Config, notify_socket: Option<OsString>) -> anyh
         .max_concurrent_streams(STREAMS_PER_PEER)
         .add_service(peer_service)
         .serve_with_incoming_shutdown(ReceiverStream::new(peers), stop.clone().cancelled_owned());
+    let pod_service = PodService::new(pods, Arc::clone(&departures));
     let local_service = LocalService::new(Arc::clone(&node), arrivals, departures);
     let local_server = tonic::transport::Server::builder()
         .add_service(AgentServer::new(local_service))
+        .add_service(PodsServer::new(pod_service))
         .serve_with_incoming_shutdown(
             ReceiverStream::new(accept_root(local, stop.clone())),
             stop.clone().cancelled_owned(),

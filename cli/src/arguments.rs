@@ -123,6 +123,10 @@ pub(crate) struct Migrate {
     /// Give up after this long and leave the container here [default: never].
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub(crate) deadline: Option<Duration>,
+    /// Send the state of a pod's container into the container of the same name of
+    /// another pod, by its uid. What is there is made by its kubelet.
+    #[arg(long, value_name = "UID")]
+    pub(crate) into_pod: Option<String>,
     /// For scripts: one object at the end instead of progress and a table.
     #[arg(long)]
     pub(crate) json: bool,

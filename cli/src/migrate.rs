@@ -64,6 +64,7 @@ async fn begin(
         node: command.to.clone(),
         max_blackout_ms: millis(command.max_blackout),
         deadline_ms: millis(command.deadline),
+        into_pod: command.into_pod.clone().unwrap_or_default(),
     };
     let events = client.migrate(request).await.map_err(refused)?.into_inner();
     Ok((client, events))

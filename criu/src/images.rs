@@ -3,10 +3,14 @@
 //! An image file is two magic numbers and a sequence of messages, each a 32-bit
 //! length and a protobuf message (criu/include/image.h, images/*.proto).
 
+mod uts;
+
 use std::fs;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+
+pub use self::uts::set_hostname;
 
 /// First magic number of image files since CRIU 1.0 (`IMG_COMMON_MAGIC`).
 const COMMON_MAGIC: u32 = 0x5456_4319;
@@ -56,7 +60,7 @@ pub enum ImageError {
         bytes: u64,
     },
     /// It is not what its name says.
-    #[error("{} is not a pagemap image: {reason}, at byte {offset}", path.display())]
+    #[error("{} is not such an image: {reason}, at byte {offset}", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
@@ -142,10 +146,16 @@ fn io_error<'a>(
 }
 
 fn pagemaps(directory: &Path) -> Result<Vec<PathBuf>, ImageError> {
+    list(directory, "pagemap-")
+}
+
+/// The images of one kind: those whose name begins so.
+fn list(directory: &Path, kind: &str) -> Result<Vec<PathBuf>, ImageError> {
     let mut found = Vec::new();
     for entry in fs::read_dir(directory).map_err(io_error("list", directory))? {
         let path = entry.map_err(io_error("list", directory))?.path();
-        if is_pagemap(&path) {
+        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+        if name.starts_with(kind.as_bytes()) && name.ends_with(b".img") {
             found.push(path);
         }
     }
@@ -170,11 +180,6 @@ fn process_of(path: &Path) -> Option<u32> {
         .strip_suffix(".img")?
         .parse()
         .ok()
-}
-
-fn is_pagemap(path: &Path) -> bool {
-    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
-    name.starts_with(b"pagemap-") && name.ends_with(b".img")
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -424,7 +429,7 @@ mod tests {
         fs::write(file("pagemap-2.img"), "else").unwrap();
         let error = clear_lazy(directory.path()).unwrap_err().to_string();
         assert!(
-            error.contains("pagemap-2.img is not a pagemap image"),
+            error.contains("pagemap-2.img is not such an image"),
             "{error}"
         );
     }

@@ -173,6 +173,7 @@ async fn receive(
         memory_limit: incoming.memory_limit_bytes,
         images,
         work_dir,
+        hostname: job.hostname,
         switch,
         staging,
         arrival,
@@ -207,6 +208,7 @@ struct Receiver {
     memory_limit: u64,
     images: PathBuf,
     work_dir: PathBuf,
+    hostname: Option<String>,
     switch: Option<Switch>,
     staging: Arc<Staging>,
     arrival: Arrival,
@@ -433,8 +435,12 @@ impl Receiver {
                 .map_err(|error| ReceiveError::Damaged(error.to_string()))?;
         }
         let images = self.images.clone();
+        let hostname = self.hostname.clone();
         let dumped = tokio::task::spawn_blocking(move || {
             criu::images::clear_lazy(&images)?;
+            if let Some(name) = hostname {
+                criu::images::set_hostname(&images, &name)?;
+            }
             criu::images::dumped_pages(&images)
         })
         .await

@@ -63,7 +63,7 @@ END
 [plugins."$runtime".containerd.runtimes.sterna]
   runtime_type = "io.containerd.runc.v2"
   runtime_path = "/usr/local/bin/containerd-shim-sterna-v1"
-  pod_annotations = ["sterna.dev/*"]
+  pod_annotations = ["sterna.dev/*", "architect.loopholelabs.io/*"]
   container_annotations = ["sterna.dev/*"]
 [plugins."$runtime".containerd.runtimes.sterna.options]
   SystemdCgroup = false

@@ -99,6 +99,8 @@ pub struct ReceiveJob {
     pub incoming: Incoming,
     /// The container. Its rootfs is not mounted yet.
     pub container: ContainerFacts,
+    /// Name of the UTS namespace that it joins; none where it brings its own.
+    pub hostname: Option<String>,
 }
 
 /// Options of a restore that must equal those of the dump.

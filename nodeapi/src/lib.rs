@@ -8,6 +8,7 @@ pub mod arrival;
 pub mod commit;
 mod incoming;
 mod ipc;
+mod pod;
 mod record;
 mod rundir;
 
@@ -15,5 +16,6 @@ pub use incoming::{Incoming, Ticket};
 pub use ipc::{
     ContainerFacts, FromEngine, Outcome, ReceiveJob, RestoreFlags, RestoreOrder, SendJob, ToEngine,
 };
+pub use pod::{PodAnnotations, PodContainer};
 pub use record::{ContainerRecord, RunState};
 pub use rundir::{FileError, RunDir};

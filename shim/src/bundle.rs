@@ -82,6 +82,16 @@ impl Spec {
         path.is_absolute().then_some(path)
     }
 
+    /// The UTS namespace that it joins instead of getting one of its own.
+    pub(crate) fn joined_uts(&self) -> Option<&Path> {
+        let namespaces = self.json["linux"]["namespaces"].as_array()?;
+        let uts = namespaces
+            .iter()
+            .find(|namespace| namespace["type"] == "uts")?;
+        let path = uts["path"].as_str().filter(|path| !path.is_empty())?;
+        Some(Path::new(path))
+    }
+
     /// The root file system, where no mounts for it came with the request.
     pub(crate) fn root(&self, bundle: &Path) -> PathBuf {
         bundle.join(self.json["root"]["path"].as_str().unwrap_or("rootfs"))

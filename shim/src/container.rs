@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_shim_protos::api::Mount;
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
-use nodeapi::{ContainerFacts, ContainerRecord, RunDir, RunState};
+use nodeapi::{ContainerFacts, ContainerRecord, PodContainer, RunDir, RunState};
 use protobuf::MessageField;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -97,6 +97,8 @@ pub(crate) struct Container {
     pub(crate) shares_pid_namespace: bool,
     pub(crate) init: Process,
     pub(crate) checkpoint: Option<CheckpointSource>,
+    /// Its place in a pod, where its state outlives it; see [`crate::managed`].
+    pub(crate) pod: Option<PodContainer>,
     pub(crate) arrival: Option<Arc<Arrival>>,
     pub(crate) operation: tokio::sync::Mutex<()>,
     /// Processes that were added and run.
@@ -116,6 +118,7 @@ pub(crate) struct Parts {
     pub(crate) stdio: StdioSpec,
     pub(crate) state: State,
     pub(crate) checkpoint: Option<CheckpointSource>,
+    pub(crate) pod: Option<PodContainer>,
     pub(crate) arrival: Option<Arc<Arrival>>,
 }
 
@@ -138,6 +141,7 @@ impl Container {
             rootfs: parts.rootfs,
             shares_pid_namespace: parts.shares_pid_namespace,
             checkpoint: parts.checkpoint,
+            pod: parts.pod,
             arrival: parts.arrival,
             operation: tokio::sync::Mutex::default(),
             running_execs: watch::Sender::new(0),

@@ -17,6 +17,7 @@ use crate::container::{CheckpointSource, Container, Context, Parts, Rootfs};
 use crate::error::{Error, Result};
 use crate::exec::with_console;
 use crate::io::{ConsoleSocket, ProcessIo, RuncStdio, StdioSpec, Unnamed};
+use crate::managed;
 use crate::migrate_in::{self, Arrival};
 use crate::options::Options;
 use crate::runc::Launch;
@@ -34,6 +35,11 @@ pub(crate) async fn create(
     spec.keep_movable()?;
     let rootfs = rootfs(&bundle, &request, &spec)?;
 
+    let pod = managed::managed(&spec);
+    if let Some(pod) = &pod {
+        let upperdir = crate::rootfs::upperdir(&rootfs.mounts);
+        managed::await_state(&context, &request.id, pod, upperdir.as_deref()).await?;
+    }
     let incoming = Incoming::take(&context.run_dir, &context.namespace, &request.id)
         .map_err(|error| Error::RunDir(error, "a permission to receive"))?;
     let checkpoint = checkpoint(&request, &options);
@@ -56,6 +62,7 @@ pub(crate) async fn create(
         },
         state,
         checkpoint,
+        pod: pod.map(|pod| pod.name),
         arrival: incoming.as_ref().map(|_| Arc::new(Arrival::new())),
         id: request.id.clone(),
     }));
@@ -63,7 +70,7 @@ pub(crate) async fn create(
     // Until the container is announced, its end is not.
     let gate = Arc::clone(&container.init.gate).lock_owned().await;
     let made = match incoming {
-        Some(incoming) => migrate_in::prepare(&container, incoming).await,
+        Some(incoming) => migrate_in::prepare(&container, incoming, &spec).await,
         None => bring_up(&container, state).await,
     };
     if let Err(error) = made {

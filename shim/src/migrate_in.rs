@@ -36,6 +36,7 @@ use crate::bundle::Spec;
 use crate::container::Container;
 use crate::engine_link::Engine;
 use crate::error::{Error, Result};
+use crate::hostname;
 use crate::reaper::Exit;
 use crate::restore::{self, Restore};
 use crate::runc::RestoreArgs;
@@ -110,7 +111,13 @@ impl Arrival {
 }
 
 /// Serves `Create` for a container that is expected.
-pub(crate) async fn prepare(container: &Arc<Container>, incoming: Incoming) -> Result<()> {
+pub(crate) async fn prepare(
+    container: &Arc<Container>,
+    incoming: Incoming,
+    spec: &Spec,
+) -> Result<()> {
+    // Others share it: it keeps its name.
+    let hostname = spec.joined_uts().map(hostname::of_namespace).transpose()?;
     let traces = Traces {
         staging: container.context.run_dir.staging(&incoming.migration_id),
         ticket_socket: container.context.run_dir.ticket_socket(&incoming.ticket.id),
@@ -119,6 +126,7 @@ pub(crate) async fn prepare(container: &Arc<Container>, incoming: Incoming) -> R
     let job = ToEngine::Receive(Box::new(ReceiveJob {
         incoming,
         container: container.facts(),
+        hostname,
     }));
     let Some(arrival) = container.arrival.clone() else {
         return Err(Error::Engine {

@@ -93,6 +93,7 @@ impl Container {
             arrival.cancel("it was killed");
             return Ok(());
         }
+        self.hold_signal(signal).await;
         let activity = self.view().activity;
         if matches!(activity, Activity::Committed | Activity::Undecided) {
             return self.kill_committed(signal).await;

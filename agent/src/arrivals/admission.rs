@@ -163,7 +163,7 @@ pub(crate) fn memory_limit(node: &Node, plan: &Plan) -> u64 {
         .map_or(generous, |limit| limit.min(generous))
 }
 
-fn check_memory_limit(node: &Node, plan: &Plan) -> Option<pb::Reason> {
+pub(super) fn check_memory_limit(node: &Node, plan: &Plan) -> Option<pb::Reason> {
     let limit = node.config.limits.memory_bytes?;
     (plan.needs.memory_bytes > limit).then(|| pb::Reason {
         subject: "memory".into(),
@@ -304,6 +304,7 @@ pub(crate) async fn remove_leftover(
             .ok()
             .and_then(|spec| super::plan::cgroup(&spec)),
         log: None,
+        pod: false,
     };
     take_back(node, &made).await
 }

@@ -14,11 +14,12 @@
 
 pub(crate) mod admission;
 pub(crate) mod plan;
+mod pod;
 pub(crate) mod prepare;
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use nodeapi::Ticket;
@@ -33,6 +34,7 @@ use self::plan::{BlobPlan, Plan};
 use self::prepare::Made;
 use crate::containerd::content::BlobWriter;
 use crate::node::Node;
+use crate::pods::{Place, Pods};
 use crate::side::{Failure, Side};
 
 /// A source that began and then neither holds nor prepares is gone.
@@ -67,6 +69,8 @@ enum Stage {
 pub(crate) struct Arrival {
     plan: Plan,
     missing: Vec<BlobPlan>,
+    /// The container of the pod that gets it, once there is one.
+    place: OnceLock<Place>,
     stage: Mutex<Stage>,
     outcome: watch::Sender<Option<Outcome>>,
     /// Set once all has been done for it: whether nothing of a failed one is left.
@@ -88,12 +92,34 @@ impl Arrival {
         }
     }
 
+    /// containerd's id of the container; none until a pod's is made.
+    fn id(&self) -> &str {
+        self.place
+            .get()
+            .map_or_else(|| self.plan.id(), |place| &place.id)
+    }
+
+    /// Whether both are about the same container.
+    fn is_about(&self, plan: &Plan) -> bool {
+        match (&self.plan.pod, &plan.pod) {
+            (Some(own), Some(other)) => {
+                (&own.uid, &own.container) == (&other.uid, &other.container)
+            }
+            (None, None) => self.plan.namespace == plan.namespace && self.plan.id() == plan.id(),
+            _ => false,
+        }
+    }
+
     fn span(&self) -> tracing::Span {
         tracing::info_span!(
             "arrival",
             migration_id = self.plan.migration_id,
             namespace = self.plan.namespace,
-            container = self.plan.id(),
+            container = self
+                .plan
+                .pod
+                .as_ref()
+                .map_or(self.plan.id(), |pod| &pod.pod),
             from = self.plan.source_node,
         )
     }
@@ -103,13 +129,15 @@ impl Arrival {
 #[derive(Debug)]
 pub(crate) struct Arrivals {
     node: Arc<Node>,
+    pods: Arc<Pods>,
     all: Mutex<HashMap<String, Arc<Arrival>>>,
 }
 
 impl Arrivals {
-    pub(crate) fn new(node: Arc<Node>) -> Arc<Self> {
+    pub(crate) fn new(node: Arc<Node>, pods: Arc<Pods>) -> Arc<Self> {
         Arc::new(Self {
             node,
+            pods,
             all: Mutex::default(),
         })
     }
@@ -119,7 +147,7 @@ impl Arrivals {
         let all = self.all.lock().await;
         all.values()
             .filter(|arrival| arrival.outcome.borrow().is_none())
-            .find(|arrival| arrival.plan.namespace == namespace && arrival.plan.id() == id)
+            .find(|arrival| arrival.plan.namespace == namespace && arrival.id() == id)
             .map(|arrival| {
                 (
                     arrival.plan.migration_id.clone(),
@@ -139,23 +167,29 @@ impl Arrivals {
         }
         let plan = Plan::parse(source, request)
             .map_err(|error| Status::invalid_argument(format!("{error:#}")))?;
-        self.wait_for_take_back(&plan.namespace, plan.id()).await;
-        let refusals = admission::refusals(&self.node, &plan)
-            .await
-            .map_err(internal)?;
+        self.wait_for_take_back(&plan).await;
+        let refusals = match plan.pod {
+            Some(_) => pod::refusals(&self.node, &plan).await,
+            None => admission::refusals(&self.node, &plan).await,
+        };
+        let refusals = refusals.map_err(internal)?;
         if !refusals.is_empty() {
             return Ok(pb::BeginResponse {
                 refusals,
                 missing_blobs: Vec::new(),
             });
         }
-        let missing = admission::missing_blobs(&self.node, &plan)
-            .await
-            .map_err(internal)?;
+        let missing = match plan.pod {
+            Some(_) => Vec::new(),
+            None => admission::missing_blobs(&self.node, &plan)
+                .await
+                .map_err(internal)?,
+        };
         let response = answer(&missing);
         let arrival = Arc::new(Arrival {
             plan,
             missing,
+            place: OnceLock::new(),
             stage: Mutex::new(Stage::Begun),
             outcome: watch::Sender::new(None),
             settled: watch::Sender::new(None),
@@ -175,9 +209,7 @@ impl Arrivals {
                 return Ok(refused("agent", text));
             }
             for other in busy {
-                if other.plan.namespace == arrival.plan.namespace
-                    && other.plan.id() == arrival.plan.id()
-                {
+                if other.is_about(&arrival.plan) {
                     let text = format!(
                         "the same container is on its way here already from {}",
                         other.plan.source_node
@@ -186,6 +218,9 @@ impl Arrivals {
                 }
             }
             all.insert(arrival.plan.migration_id.clone(), Arc::clone(&arrival));
+        }
+        if let Some(pod) = &arrival.plan.pod {
+            self.pods.comes(pod);
         }
         tracing::info!(parent: &arrival.span(), blobs = arrival.missing.len(), "accepted");
         let this = Arc::clone(self);
@@ -199,10 +234,10 @@ impl Arrivals {
     }
 
     /// An earlier migration of the same container may still be taken back.
-    async fn wait_for_take_back(&self, namespace: &str, id: &str) {
+    async fn wait_for_take_back(&self, plan: &Plan) {
         let earlier: Vec<_> = self.all.lock().await.values().cloned().collect();
         for arrival in earlier {
-            let same = arrival.plan.namespace == namespace && arrival.plan.id() == id;
+            let same = arrival.is_about(plan);
             let failed = matches!(*arrival.outcome.borrow(), Some(Outcome::Failed(_)));
             if same && failed {
                 let mut settled = arrival.settled.subscribe();
@@ -293,10 +328,20 @@ impl Arrivals {
             namespace: plan.namespace.clone(),
             id: plan.id().to_owned(),
             migration_id: plan.migration_id.clone(),
+            pod: plan.pod.is_some(),
             ..Made::default()
         };
+        let preparing = async {
+            match &plan.pod {
+                None => prepare::prepare(&self.node, plan, &mut made).await,
+                Some(container) => {
+                    let place = &arrival.place;
+                    pod::prepare(&self.node, &self.pods, plan, container, place, &mut made).await
+                }
+            }
+        };
         let prepared = tokio::select! {
-            prepared = prepare::prepare(&self.node, plan, &mut made) => prepared,
+            prepared = preparing => prepared,
             () = arrival.aborted.cancelled() => Err(anyhow::anyhow!("the source gave up")),
         };
         match prepared {
@@ -333,6 +378,9 @@ impl Arrivals {
 
     /// Waits until the container runs or will not.
     async fn start(self: Arc<Self>, arrival: Arc<Arrival>) {
+        if arrival.plan.pod.is_some() {
+            return self.see_started(arrival).await;
+        }
         let started = match self.node.containerd.namespace(&arrival.plan.namespace) {
             Ok(containerd) => containerd
                 .start_task(arrival.plan.id())
@@ -354,7 +402,7 @@ impl Arrivals {
             Err(error) => {
                 let failure =
                     Failure::local(&error, Side::DestinationShim, Side::DestinationContainerd);
-                say_failed(&arrival, failure);
+                self.say_failed(&arrival, failure);
                 // N.B. containerd did not answer, or knows less than the shim: a
                 // container that came all the same may be the only copy.
                 match self.fate(&arrival).await {
@@ -363,6 +411,44 @@ impl Arrivals {
                 }
             }
         }
+    }
+
+    /// As [`start`](Self::start), of a container that its kubelet starts.
+    async fn see_started(self: Arc<Self>, arrival: Arc<Arrival>) {
+        let namespace = &arrival.plan.namespace;
+        let started = pod::until_it_runs(&self.node, namespace, arrival.id()).await;
+        let mut stage = arrival.stage.lock().await;
+        let Stage::Prepared { made, .. } = std::mem::replace(&mut *stage, Stage::Over) else {
+            return; // aborted, and taken back by whoever aborted it
+        };
+        drop(stage);
+        match started {
+            Ok(pid) => {
+                tracing::info!(pid, "arrived");
+                if let Some(pod) = &arrival.plan.pod {
+                    self.pods.came(pod);
+                }
+                arrival.outcome.send_replace(Some(Outcome::Arrived { pid }));
+                arrival.settled.send_replace(Some(true));
+                self.forget_later(&arrival).await;
+            }
+            Err(reason) => {
+                let failure = Failure::new(Side::DestinationShim, reason);
+                self.failed(&arrival, failure, *made).await;
+            }
+        }
+    }
+
+    fn say_failed(&self, arrival: &Arrival, failure: Failure) {
+        tracing::warn!(
+            side = failure.side.name(),
+            reason = failure.reason,
+            "did not arrive"
+        );
+        if let Some(pod) = &arrival.plan.pod {
+            self.pods.failed(pod, &failure.reason);
+        }
+        arrival.outcome.send_replace(Some(Outcome::Failed(failure)));
     }
 
     /// Waits until the shim knows what has become of the container: while it is
@@ -393,7 +479,7 @@ impl Arrivals {
 
     /// Says so, takes back, forgets.
     async fn failed(&self, arrival: &Arc<Arrival>, failure: Failure, made: Made) {
-        say_failed(arrival, failure);
+        self.say_failed(arrival, failure);
         self.take_back(arrival, made).await;
     }
 
@@ -426,8 +512,7 @@ impl Arrivals {
         }
         *stage = Stage::Over;
         drop(stage);
-        let failure = Failure::new(Side::Source, "the source went away");
-        arrival.outcome.send_replace(Some(Outcome::Failed(failure)));
+        self.say_failed(arrival, Failure::new(Side::Source, "the source went away"));
         let made = Made {
             namespace: arrival.plan.namespace.clone(),
             migration_id: arrival.plan.migration_id.clone(),
@@ -463,7 +548,7 @@ impl Arrivals {
             Err(status) => return Err(status),
         };
         let plan = &arrival.plan;
-        let fate = admission::fate(&self.node, &plan.namespace, plan.id());
+        let fate = admission::fate(&self.node, &plan.namespace, arrival.id());
         if matches!(fate, Ok(Fate::Here)) {
             return Err(Status::failed_precondition("the container has arrived"));
         }
@@ -544,15 +629,6 @@ impl Drop for Holder {
             tokio::spawn(async move { arrivals.forget_unprepared(&arrival).await });
         }
     }
-}
-
-fn say_failed(arrival: &Arrival, failure: Failure) {
-    tracing::warn!(
-        side = failure.side.name(),
-        reason = failure.reason,
-        "did not arrive"
-    );
-    arrival.outcome.send_replace(Some(Outcome::Failed(failure)));
 }
 
 /// Tries again while containerd is away; whether it worked in the end.

@@ -7,12 +7,14 @@ use anyhow::{Context as _, bail, ensure};
 use containerd_client::services::v1::Container;
 use containerd_client::types::Descriptor;
 use migrate::offer::{Facts, Needs};
+use nodeapi::PodContainer;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use prost::Message as _;
 use proto::agent as pb;
 
 use crate::containerd::image::is_digest;
 use crate::containerd::task::Stdio;
+use crate::pods::service::from_wire;
 use crate::sweep::log_file;
 
 /// A container with its specification; those of large pods have a few 10 KiB.
@@ -23,6 +25,8 @@ const JSON_LIMIT_BYTES: usize = 256 << 10;
 const BLOB_LIMIT: usize = 256;
 /// A URI or a path: `PATH_MAX` and a scheme.
 const STDIO_LIMIT_BYTES: usize = 4200;
+/// Longest name in Kubernetes: a DNS subdomain.
+const POD_NAME_LIMIT_BYTES: usize = 253;
 /// containerd's own limit for identifiers (pkg/identifiers).
 const IDENTIFIER_LIMIT: usize = 76;
 
@@ -41,10 +45,14 @@ pub(crate) struct Plan {
     pub(crate) snapshot_labels: HashMap<String, String>,
     pub(crate) stdio: Stdio,
     pub(crate) network: Option<network::Description>,
+    /// The container of a pod of this node that is to have the state. It is made
+    /// by its kubelet: what this says of a container, its image and its network
+    /// is empty then.
+    pub(crate) pod: Option<PodContainer>,
 }
 
 /// The image, as the source has it.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct ImagePlan {
     pub(crate) name: String,
     pub(crate) target: Descriptor,
@@ -70,6 +78,22 @@ impl Plan {
         );
         let namespace = request.namespace;
         check_identifier(&namespace).context("the namespace cannot be used")?;
+        if let Some(name) = request.pod {
+            return Ok(Self {
+                migration_id,
+                source_node: source_node.to_owned(),
+                namespace,
+                container: Container::default(),
+                spec: Spec::default(),
+                facts: json("facts", &request.facts_json)?.context("the offer has no facts")?,
+                needs: json("needs", &request.needs_json)?.context("the offer has no needs")?,
+                image: ImagePlan::default(),
+                snapshot_labels: HashMap::new(),
+                stdio: Stdio::default(),
+                network: None,
+                pod: Some(pod(name)?),
+            });
+        }
         ensure!(
             request.container.len() <= CONTAINER_LIMIT_BYTES,
             "the container's description has {} bytes: at most {CONTAINER_LIMIT_BYTES} are taken",
@@ -113,6 +137,7 @@ impl Plan {
             },
             network,
             container,
+            pod: None,
         })
     }
 
@@ -188,6 +213,16 @@ pub(crate) fn check_identifier(text: &str) -> anyhow::Result<()> {
         "{text:?} is no containerd identifier"
     );
     Ok(())
+}
+
+fn pod(name: pb::PodContainer) -> anyhow::Result<PodContainer> {
+    for part in [&name.namespace, &name.pod, &name.uid, &name.container] {
+        ensure!(
+            part.len() <= POD_NAME_LIMIT_BYTES && part.bytes().all(|b| b.is_ascii_graphic()),
+            "{part:?} is no name in Kubernetes"
+        );
+    }
+    from_wire(name).context("the offer names no pod")
 }
 
 fn image(image: pb::Image) -> anyhow::Result<ImagePlan> {

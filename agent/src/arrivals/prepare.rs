@@ -52,6 +52,8 @@ pub(crate) struct Made {
     /// Where its processes would be.
     pub(crate) cgroup: Option<PathBuf>,
     pub(crate) log: Option<PathBuf>,
+    /// The container is its kubelet's: it is not removed, but waited for.
+    pub(crate) pod: bool,
 }
 
 /// Everything up to the point where the receiving engine listens. What was made
@@ -190,7 +192,7 @@ async fn prepare_network(
 }
 
 /// An id of 128 bits and a secret of 256, both of the system's randomness.
-fn new_ticket() -> anyhow::Result<Ticket> {
+pub(super) fn new_ticket() -> anyhow::Result<Ticket> {
     let random = rustls::crypto::ring::default_provider().secure_random;
     let (mut id, mut secret) = ([0; 16], [0; 32]);
     random
@@ -292,7 +294,9 @@ pub(crate) fn has_run(node: &Node, made: &Made) -> anyhow::Result<bool> {
 /// only the end of the bundle is the end of that.
 async fn remove_task(node: &Node, containerd: &Namespace, made: &Made) -> anyhow::Result<()> {
     let record = ContainerRecord::read(&node.run_dir, &made.namespace, &made.id)?;
-    containerd.remove_task(&made.id).await?;
+    if !made.pod {
+        containerd.remove_task(&made.id).await?;
+    }
     let deadline = tokio::time::Instant::now() + GONE_TIMEOUT;
     loop {
         let bundle = record.as_ref().is_some_and(|record| record.bundle.exists());

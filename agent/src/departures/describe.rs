@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use containerd_client::services::v1::{Container, Image};
 use containerd_client::types::Descriptor;
+use containerd_client::types::v1::Process;
 use migrate::offer::{Facts, ImageNeed, Needs};
-use nodeapi::ContainerRecord;
+use nodeapi::{ContainerRecord, PodAnnotations, PodContainer};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use prost::Message as _;
 use proto::agent as pb;
@@ -20,6 +21,7 @@ use crate::containerd::image::ImageContents;
 use crate::containerd::task::Stdio;
 use crate::containerd::{Namespace, snapshot};
 use crate::node::Node;
+use crate::pods::service::to_wire;
 use crate::side::{Failure, Side};
 
 /// Label by which containerd's CRI plugin marks what belongs to the kubelet.
@@ -61,19 +63,30 @@ pub(crate) struct Described {
     pub(crate) needs: Needs,
     /// Its address and how it is attached, if that can move; and the namespace.
     pub(crate) network: Option<(network::Description, network::Attachment, PathBuf)>,
-    image: Image,
-    contents: ImageContents,
+    /// Where its state goes, if not the container itself moves.
+    pod: Option<PodContainer>,
+    /// None where it is not the source's to bring.
+    image: Option<(Image, ImageContents)>,
     snapshot_labels: HashMap<String, String>,
 }
 
 /// Finds everything out; all reasons against moving the container at once.
-pub(crate) async fn describe(node: &Node, record: &ContainerRecord) -> Result<Described, Stop> {
+/// `into_pod`: uid of the pod that is to have its state.
+pub(crate) async fn describe(
+    node: &Node,
+    record: &ContainerRecord,
+    into_pod: Option<&str>,
+) -> Result<Described, Stop> {
     let containerd = node.containerd.namespace(&record.namespace)?;
     let gone = || anyhow::anyhow!("containerd does not know container {:?}", record.id);
     let container = containerd.container(&record.id).await?.ok_or_else(gone)?;
     let task = containerd.task(&record.id).await?.ok_or_else(gone)?;
     let pids = containerd.pids(&record.id).await?;
     let spec = plan::spec(&container)?;
+
+    if let Some(uid) = into_pod {
+        return describe_state(record, container, &task, pids, spec, uid, &containerd).await;
+    }
 
     let mut reasons = Vec::new();
     check_owner(&container, &mut reasons);
@@ -109,21 +122,77 @@ pub(crate) async fn describe(node: &Node, record: &ContainerRecord) -> Result<De
     );
     Ok(Described {
         namespace: record.namespace.clone(),
-        stdio: Stdio {
-            stdin: task.stdin,
-            stdout: task.stdout,
-            stderr: task.stderr,
-            terminal: task.terminal,
-        },
+        stdio: stdio(&task),
         container,
         spec,
         pids,
         needs,
         network,
-        image,
-        contents,
+        pod: None,
+        image: Some((image, contents)),
         snapshot_labels,
     })
+}
+
+/// As [`describe`], where only the state travels: container, image, mounts and
+/// network are the other pod's own.
+async fn describe_state(
+    record: &ContainerRecord,
+    container: Container,
+    task: &Process,
+    pids: Vec<u32>,
+    spec: Spec,
+    uid: &str,
+    containerd: &Namespace,
+) -> Result<Described, Stop> {
+    let mut reasons = Vec::new();
+    let annotations = spec.annotations().as_ref();
+    let pod = PodAnnotations::read(|name| Some(annotations?.get(name)?.as_str()));
+    if pod.is_none() {
+        let text = "the container belongs to no Kubernetes pod: only between pods can its state alone be sent";
+        reasons.push(because("owner", text.into()));
+    }
+    check_pod_namespaces(&spec, &mut reasons);
+    take(
+        describe_snapshot(containerd, &container).await,
+        "snapshot",
+        &mut reasons,
+    );
+    let Some(pod) = pod.filter(|_| reasons.is_empty()) else {
+        return Err(Stop::Refused(reasons));
+    };
+    Ok(Described {
+        namespace: record.namespace.clone(),
+        stdio: stdio(task),
+        needs: Needs {
+            namespace: record.namespace.clone(),
+            id: record.id.clone(),
+            memory_bytes: pids.iter().map(|pid| resident_bytes(*pid)).sum(),
+            image: None,
+            bind_sources: Vec::new(),
+            namespace_paths: Vec::new(),
+            devices: Vec::new(),
+        },
+        container,
+        spec,
+        pids,
+        network: None,
+        pod: Some(PodContainer {
+            uid: uid.to_owned(),
+            ..pod.name
+        }),
+        image: None,
+        snapshot_labels: HashMap::new(),
+    })
+}
+
+fn stdio(task: &Process) -> Stdio {
+    Stdio {
+        stdin: task.stdin.clone(),
+        stdout: task.stdout.clone(),
+        stderr: task.stderr.clone(),
+        terminal: task.terminal,
+    }
 }
 
 /// The value, or its absence as one more reason.
@@ -171,6 +240,22 @@ fn check_namespaces(spec: &Spec, reasons: &mut Vec<pb::Reason>) {
                     namespace.typ()
                 ),
             ));
+        }
+    }
+}
+
+/// A pod's containers share namespaces, and those of the other pod take their
+/// place. Not with processes: they keep their numbers, which others may have there.
+fn check_pod_namespaces(spec: &Spec, reasons: &mut Vec<pb::Reason>) {
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref());
+    for namespace in namespaces.into_iter().flatten() {
+        let shared = namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_some();
+        if shared {
+            let text = "the pod's containers share their processes (shareProcessNamespace)";
+            reasons.push(because("namespace", text.into()));
         }
     }
 }
@@ -301,12 +386,18 @@ impl Described {
         migration_id: &str,
         facts: &Facts,
     ) -> anyhow::Result<pb::BeginRequest> {
-        let layers: Vec<&str> = self
-            .contents
-            .layers
-            .iter()
-            .map(|l| l.digest.as_str())
-            .collect();
+        let state = pb::BeginRequest {
+            migration_id: migration_id.to_owned(),
+            namespace: self.namespace.clone(),
+            facts_json: serde_json::to_vec(facts)?.into(),
+            needs_json: serde_json::to_vec(&self.needs)?.into(),
+            pod: self.pod.as_ref().map(to_wire),
+            ..Default::default()
+        };
+        let Some((image, contents)) = &self.image else {
+            return Ok(state);
+        };
+        let layers: Vec<&str> = contents.layers.iter().map(|l| l.digest.as_str()).collect();
         let blob = |descriptor: &Descriptor| pb::Blob {
             digest: descriptor.digest.clone(),
             size: u64::try_from(descriptor.size).unwrap_or(0),
@@ -318,17 +409,13 @@ impl Described {
             None => Vec::new(),
         };
         Ok(pb::BeginRequest {
-            migration_id: migration_id.to_owned(),
-            namespace: self.namespace.clone(),
-            facts_json: serde_json::to_vec(facts)?.into(),
-            needs_json: serde_json::to_vec(&self.needs)?.into(),
             container: self.container.encode_to_vec().into(),
             image: Some(pb::Image {
                 name: self.container.image.clone(),
-                target: Some(blob(&self.contents.target)),
-                chain_id: self.contents.chain_id(),
-                blobs: self.contents.blobs().iter().map(blob).collect(),
-                labels: self.image.labels.clone(),
+                target: Some(blob(&contents.target)),
+                chain_id: contents.chain_id(),
+                blobs: contents.blobs().iter().map(blob).collect(),
+                labels: image.labels.clone(),
             }),
             stdio: Some(pb::Stdio {
                 stdin: self.stdio.stdin.clone(),
@@ -338,6 +425,7 @@ impl Described {
             }),
             network_json: network_json.into(),
             snapshot_labels: self.snapshot_labels.clone(),
+            ..state
         })
     }
 
@@ -351,6 +439,7 @@ impl Described {
             snapshot_key: self.container.snapshot_key.clone(),
             stdio: self.stdio.clone(),
             netns: self.network.as_ref().map(|(_, _, netns)| netns.clone()),
+            into_pod: order.into_pod.clone(),
         }
     }
 
@@ -364,7 +453,7 @@ impl Described {
 
     /// Size of a blob of the image.
     pub(crate) fn blob_size(&self, digest: &str) -> Option<u64> {
-        let blobs = self.contents.blobs();
+        let blobs = self.image.as_ref()?.1.blobs();
         let blob = blobs.iter().find(|blob| blob.digest == digest)?;
         u64::try_from(blob.size).ok()
     }

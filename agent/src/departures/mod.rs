@@ -17,6 +17,8 @@ use identity::NodeName;
 use migrate::commit::CommitRecord;
 use nodeapi::{ContainerRecord, RunState};
 use proto::agent as pb;
+use proto::agent::migrate_event::Event;
+use proto::engine::{Finished, Progress, progress};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 use tracing::Instrument as _;
@@ -36,6 +38,9 @@ pub(crate) struct Order {
     pub(crate) max_blackout: Duration,
     /// Time for everything; none: as long as it takes.
     pub(crate) deadline: Option<Duration>,
+    /// Uid of the pod that is to have the container's state; none: the container
+    /// itself moves.
+    pub(crate) into_pod: Option<String>,
 }
 
 /// Someone wants a migration to stop.
@@ -229,11 +234,34 @@ impl Departures {
             max_blackout: Duration::from_millis(max_blackout),
             deadline: (request.deadline_ms != 0)
                 .then(|| Duration::from_millis(request.deadline_ms)),
+            into_pod: Some(request.into_pod).filter(|uid| !uid.is_empty()),
         })
     }
 }
 
 impl Departure {
+    /// Waits for the last word.
+    pub(crate) async fn ended(&self) -> Finished {
+        let mut last = Finished::default();
+        let mut number = 0;
+        while let Some(event) = self.events.get(number).await {
+            number += 1;
+            match event.event {
+                Some(Event::Progress(Progress {
+                    event: Some(progress::Event::Finished(finished)),
+                    ..
+                })) => last = finished,
+                Some(Event::Refused(refused)) => {
+                    let texts = refused.reasons.into_iter().map(|reason| reason.text);
+                    last.outcome = "refused".into();
+                    last.reason = texts.collect::<Vec<_>>().join("; ");
+                }
+                _ => {}
+            }
+        }
+        last
+    }
+
     /// Asks the migration to stop.
     pub(crate) async fn cancel(&self, reason: &str) -> Result<(), Status> {
         let over = || Status::failed_precondition("the migration is over");

@@ -28,6 +28,10 @@ pub(crate) struct Note {
     pub(crate) stdio: Stdio,
     /// The network namespace, if its address moves.
     pub(crate) netns: Option<PathBuf>,
+    /// Uid of the pod that gets its state: the container here is its kubelet's to
+    /// remove.
+    #[serde(default)]
+    pub(crate) into_pod: Option<String>,
 }
 
 impl Note {
@@ -81,6 +85,7 @@ impl Note {
             destination: self.destination.parse::<NodeName>()?,
             max_blackout: Duration::ZERO,
             deadline: None,
+            into_pod: self.into_pod.clone(),
         })
     }
 }

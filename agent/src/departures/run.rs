@@ -230,7 +230,7 @@ impl Run<'_> {
                 text,
             }]));
         }
-        let described = describe(self.node, &order.record).await?;
+        let described = describe(self.node, &order.record, order.into_pod.as_deref()).await?;
         let obstacles = obstacles(&described);
         if !obstacles.is_empty() {
             return Err(Early::Refused(obstacles));
@@ -435,6 +435,8 @@ pub(super) async fn conclude(
 ) -> epb::Finished {
     remove_deserted_socket(node, &note.migration_id);
     match finished.outcome.as_str() {
+        // Its kubelet sees that it ended, and removes it.
+        "migrated" if note.into_pod.is_some() => {}
         "migrated" => {
             for problem in leave(node, note).await {
                 tracing::warn!(problem, "something is left of a container that went away");

@@ -79,7 +79,7 @@ pub(crate) async fn examine(
         if let Err(status) = check_movable_now(record) {
             findings.problem("state", status.message());
         }
-        described = take_description(describe(node, record).await, &mut findings);
+        described = take_description(describe(node, record, None).await, &mut findings);
         if let Some(described) = &described {
             container::examine(described, &mut findings);
         }
