@@ -80,9 +80,15 @@ pub(crate) struct Summary {
     pub(crate) image_bytes: u64,
     pub(crate) final_pages: u64,
     pub(crate) freeze_ms: f64,
+    /// Until CRIU went on.
+    pub(crate) claim_ms: f64,
     pub(crate) final_lap_ms: f64,
     pub(crate) dump_ms: f64,
+    /// From the end of the dump to the account of everything.
+    pub(crate) images_ms: f64,
     pub(crate) prepare_ms: f64,
+    /// From the commit to the tasks being let go.
+    pub(crate) let_go_ms: f64,
     pub(crate) restore_ms: f64,
     /// An upper bound, by the source's clock.
     pub(crate) blackout_ms: f64,
@@ -203,8 +209,11 @@ impl Report {
                 image_bytes: summary.image_bytes,
                 final_pages: summary.final_pages,
                 freeze_ms: ms(summary.freeze_us),
+                claim_ms: ms(summary.claim_us),
                 final_lap_ms: ms(summary.final_lap_us),
                 dump_ms: ms(summary.dump_us),
+                images_ms: ms(summary.images_us),
+                let_go_ms: ms(summary.let_go_us),
                 prepare_ms: ms(summary.prepare_us),
                 restore_ms: ms(summary.restore_us),
                 blackout_ms: ms(summary.blackout_us),
@@ -268,18 +277,21 @@ impl Report {
             line(
                 "freeze",
                 format!(
-                    "{} (final pages {}, dump {})",
+                    "{} (claim {}, final pages {}, dump {}, images {})",
                     us(summary.freeze_ms),
+                    us(summary.claim_ms),
                     us(summary.final_lap_ms),
-                    us(summary.dump_ms)
+                    us(summary.dump_ms),
+                    us(summary.images_ms)
                 ),
             )?;
             line(
                 "blackout",
                 format!(
-                    "at most {} (prepare {}, restore {})",
+                    "at most {} (prepare {}, let go {}, restore {})",
                     us(summary.blackout_ms),
                     us(summary.prepare_ms),
+                    us(summary.let_go_ms),
                     us(summary.restore_ms)
                 ),
             )?;

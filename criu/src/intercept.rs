@@ -11,13 +11,16 @@
 //! * `prlimit64` of another process: CRIU needs `CAP_SYS_RESOURCE` for tasks of
 //!   other users, `/proc/PID/limits` does not ([`limits`]);
 //! * `ptrace` requests about seccomp: the kernel refuses them to a tracer that is
-//!   under seccomp itself, as CRIU is because of us ([`crate::seccomp`]).
+//!   under seccomp itself, as CRIU is because of us ([`crate::seccomp`]);
+//! * `socket(NETLINK_NETFILTER)`, where the network namespace is not CRIU's to
+//!   restore: it has no tracked connections ([`conntrack`]).
 //!
 //! Everything else passes; the filter does not even ask about it. In particular
 //! calls that open a file by an absolute or a working-directory path are never
 //! asked about, so that CRIU can start programs and reach the freezer whatever
 //! happens to us.
 
+mod conntrack;
 pub(crate) mod limits;
 mod ptrace;
 mod scan;
@@ -26,7 +29,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, IoSlice, IoSliceMut, Seek, Write};
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -78,6 +81,14 @@ pub(crate) fn filter(asked: Asked) -> Option<Filter> {
         Asked::Memory => Some(
             filter
                 .ask(libc::SYS_ioctl, &[(1, Condition::WordIs(PAGEMAP_SCAN))])
+                .ask(
+                    libc::SYS_socket,
+                    &[
+                        (0, Condition::WordIs(libc::AF_NETLINK as u32)),
+                        (1, Condition::WordIs(libc::SOCK_RAW as u32)),
+                        (2, Condition::WordIs(libc::NETLINK_NETFILTER as u32)),
+                    ],
+                )
                 .ask(
                     libc::SYS_openat,
                     &[
@@ -160,6 +171,8 @@ pub struct InterceptStats {
     pub seccomp_given: u64,
     /// Those left to the kernel, which refuses them: the dump fails.
     pub seccomp_passed: u64,
+    /// Tables of tracked connections that were said to be empty.
+    pub conntrack_empty: u64,
     /// Time spent on all of them, without waiting.
     pub busy: Duration,
 }
@@ -170,6 +183,9 @@ pub struct Interceptor {
     listener: Listener,
     memory: MemorySlot,
     seccomp: SeccompSlot,
+    external_network: bool,
+    /// Our ends of sockets that CRIU may still use.
+    tables: Vec<OwnedFd>,
     stats: InterceptStats,
 }
 
@@ -181,8 +197,18 @@ impl Interceptor {
             listener,
             memory: MemorySlot::default(),
             seccomp: SeccompSlot::default(),
+            external_network: false,
+            tables: Vec::new(),
             stats: InterceptStats::default(),
         }
+    }
+
+    /// The restore provides the network namespace, and what CRIU would dump of it
+    /// is not used: its tracked connections are said to be none.
+    #[must_use]
+    pub fn with_external_network(mut self) -> Self {
+        self.external_network = true;
+        self
     }
 
     /// Where to put the memory that CRIU must not see.
@@ -220,6 +246,7 @@ impl Interceptor {
             libc::SYS_openat => self.serve_open(call),
             libc::SYS_ioctl => self.serve_scan(call),
             libc::SYS_ptrace => self.serve_ptrace(call),
+            libc::SYS_socket => self.serve_socket(call),
             _ => self.listener.pass(call),
         }
     }
@@ -293,6 +320,25 @@ impl Interceptor {
         self.listener.pass(call)
     }
 
+    /// socket(AF_NETLINK, SOCK_RAW, NETLINK_NETFILTER)
+    fn serve_socket(&mut self, call: &Call) -> io::Result<()> {
+        // CRIU itself locks the network with it, a child of it dumps the tables.
+        if self.external_network
+            && is_forked(call.pid)
+            && let Ok(table) = conntrack::empty_table()
+            && self.listener.still_waits(call)
+            && self
+                .listener
+                .succeed_with_file(call, table.theirs.as_fd())
+                .is_ok()
+        {
+            self.tables.push(table.ours);
+            self.stats.conntrack_empty += 1;
+            return Ok(());
+        }
+        self.listener.pass(call)
+    }
+
     /// ioctl(pagemap, PAGEMAP_SCAN, argument)
     fn serve_scan(&mut self, call: &Call) -> io::Result<()> {
         let [pagemap, _, argument, ..] = call.arguments;
@@ -323,6 +369,18 @@ impl Interceptor {
         }
         self.listener.succeed(call, answer.regions.len() as i64)
     }
+}
+
+/// Does this process run the same program as its parent? CRIU's parent is the
+/// helper, which does not.
+fn is_forked(pid: i32) -> bool {
+    let program = |pid: &str| fs::read_link(format!("/proc/{pid}/exe")).ok();
+    let parent = || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+        program(parent.trim())
+    };
+    program(&pid.to_string()).is_some_and(|own| parent() == Some(own))
 }
 
 /// What a descriptor of the caller refers to.
@@ -399,6 +457,19 @@ fn memory_file(content: &[u8]) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_that_executed_another_program_is_not_one_that_was_forked() {
+        let mut other = std::process::Command::new("sleep")
+            .arg("9")
+            .spawn()
+            .unwrap();
+        let forked = is_forked(other.id().cast_signed());
+        other.kill().unwrap();
+        other.wait().unwrap();
+        assert!(!forked);
+        assert!(!is_forked(0));
+    }
 
     #[test]
     fn processes_are_recognised_by_their_directory_and_their_pagemap() {

@@ -142,6 +142,11 @@ impl DumpRequest {
         self.log_directory().join(DUMP_LOG)
     }
 
+    /// Whether the network namespace is provided at the restore.
+    pub fn has_external_network(&self) -> bool {
+        self.external.iter().any(|name| name.starts_with("net["))
+    }
+
     pub(crate) fn log_directory(&self) -> &Path {
         self.work_dir.as_deref().unwrap_or(&self.images)
     }

@@ -15,6 +15,8 @@ use criu::{
 use pages::Claims;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::tmpfs::{self, Programs};
+
 /// Longest time between two signs of life of CRIU.
 const CRIU_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -76,15 +78,19 @@ impl Memory for Owned {
 }
 
 impl Dump {
-    /// Starts CRIU on `request`; it stops at [`Action::PreDump`], short of the
-    /// tasks.
-    pub(crate) fn spawn(request: DumpRequest) -> Result<Self, DumpFailure> {
+    /// Starts CRIU on `request`, with `programs` before those of the system; it stops
+    /// at [`Action::PreDump`], short of the tasks.
+    pub(crate) fn spawn(
+        request: DumpRequest,
+        programs: Option<&Programs>,
+    ) -> Result<Self, DumpFailure> {
+        let programs = programs.map(|programs| programs.directory().to_owned());
         let (report, news) = mpsc::unbounded_channel();
         let (orders, ordered) = blocking::channel();
         std::thread::Builder::new()
             .name("criu".into())
             .spawn(move || {
-                let result = drive(&request, &report, &ordered);
+                let result = drive(&request, programs.as_deref(), &report, &ordered);
                 // Nobody may be left to hear it.
                 drop(report.send(News::Finished(result)));
             })
@@ -168,15 +174,23 @@ impl Dump {
 
 fn drive(
     request: &DumpRequest,
+    programs: Option<&Path>,
     report: &mpsc::UnboundedSender<News>,
     orders: &blocking::Receiver<Order>,
 ) -> Result<(), DumpFailure> {
-    let tools = Tools::find().map_err(|error| DumpFailure::Missing(crate::error_chain(&error)))?;
+    let mut tools =
+        Tools::find().map_err(|error| DumpFailure::Missing(crate::error_chain(&error)))?;
+    if let Some(programs) = programs {
+        tools.search_path = tmpfs::before(programs, &tools.search_path);
+    }
     // This very build, even if the file was replaced by another.
     let program = Path::new("/proc/self/exe");
     let mut session = DumpSession::spawn(program, &tools).map_err(|error| failed(&error))?;
     let listener = session.take_listener().ok_or(DumpFailure::Gone)?;
-    let interceptor = Interceptor::new(listener);
+    let mut interceptor = Interceptor::new(listener);
+    if request.has_external_network() {
+        interceptor = interceptor.with_external_network();
+    }
     // A sender that is gone shows at the first notification.
     let (memory, seccomp) = (interceptor.memory(), interceptor.seccomp());
     drop(report.send(News::Ready(memory, seccomp)));

@@ -12,7 +12,8 @@
 //! | [`link`] | connections: tickets, mutual TLS, gRPC settings |
 //! | [`streams`], [`files`] | pages and files on their way |
 //! | [`container`], [`dump`] | the container as the sender sees it: freezer, processes, CRIU |
-//! | [`memory`] | the page server of a restore |
+//! | [`gate`], [`memory`] | where a restore waits for the commit, and its page server |
+//! | [`tmpfs`] | what CRIU takes for tar |
 //! | [`arrival`] | what a receiver has on disk about its ticket |
 //! | [`progress`] | what is told to sternad |
 //! | [`ipc`] | what is told to the shim |
@@ -21,6 +22,7 @@ mod arrival;
 mod container;
 mod dump;
 mod files;
+mod gate;
 mod ipc;
 mod link;
 mod memory;
@@ -31,6 +33,7 @@ mod send_error;
 mod service;
 mod session;
 mod streams;
+pub mod tmpfs;
 mod wire;
 
 use std::error::Error;

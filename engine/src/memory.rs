@@ -4,12 +4,17 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use pages::{FillOptions, FillReport, LazyError, LazyEvent, LazyServer, Staging};
+use pages::{FillOptions, FillReport, LazyError, LazyEvent, LazyServer, Staging, Starter};
 use tokio::sync::mpsc;
 
 use crate::arrival::Arrival;
 use crate::ipc::ToShim;
+
+/// How long CRIU and runc have the processors to themselves once the tasks are let
+/// go. Both are through after 10 to 20 ms.
+const PATIENCE: Duration = Duration::from_millis(300);
 
 /// Why memory is not in place.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +54,7 @@ enum Report {
 #[derive(Debug)]
 pub(crate) struct Memory {
     reports: mpsc::UnboundedReceiver<Report>,
+    starter: Starter,
     outcome: Option<Result<FillReport, MemoryError>>,
 }
 
@@ -69,9 +75,13 @@ impl Memory {
         })?;
         let (report, reports) = mpsc::unbounded_channel();
         let (staging, shim, arrival) = (Arc::clone(staging), shim.clone(), arrival.clone());
-        let canceller = server.canceller();
+        let (canceller, starter) = (server.canceller(), server.starter());
+        let options = FillOptions {
+            patience: PATIENCE,
+            ..FillOptions::default()
+        };
         let serve = move || {
-            let outcome = server.run(&staging, FillOptions::default(), &mut |event| match event {
+            let outcome = server.run(&staging, options, &mut |event| match event {
                 LazyEvent::Handed { guard, .. } => {
                     // Without a shim this process is about to end, and the
                     // container with it.
@@ -101,8 +111,14 @@ impl Memory {
             .map_err(MemoryError::Thread)?;
         Ok(Self {
             reports,
+            starter,
             outcome: None,
         })
+    }
+
+    /// The tasks run and runc is through: all memory is filled in from now on.
+    pub(crate) fn tasks_run(&self) {
+        self.starter.start();
     }
 
     /// What happens next; pending for ever once the server has ended.

@@ -8,7 +8,7 @@
 use std::fs;
 use std::future::Future;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,10 +27,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use crate::arrival::Arrival;
+use crate::gate::{self, Gate};
 use crate::ipc::ToShim;
 use crate::link::{self, MESSAGE_BYTES, Reception};
 use crate::memory::{Memory, MemoryError, MemoryNews};
 use crate::service::{Arrived, Service, Session, Trees};
+use crate::tmpfs::Programs;
 
 /// How long a receiver waits for its source to come, or to come back.
 const SOURCE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -133,8 +135,12 @@ async fn receive(
 ) -> Result<(), ReceiveError> {
     let incoming = &job.incoming;
     let root = dir.staging(&incoming.migration_id);
-    let (images, work_dir) = (root.join("images"), root.join("work"));
-    for path in [&images, &work_dir] {
+    let (arriving, images, work_dir) = (
+        root.join("arriving"),
+        root.join("images"),
+        root.join("work"),
+    );
+    for path in [&arriving, &images, &work_dir] {
         make_dir(path)?;
     }
     let ticket_socket = dir.ticket_socket(&incoming.ticket.id);
@@ -148,7 +154,7 @@ async fn receive(
     let staging = Arc::new(Staging::new(incoming.memory_limit_bytes));
     let trees = Trees {
         layer: incoming.upperdir.clone(),
-        images: images.clone(),
+        images: arriving.clone(),
     };
     let arrival = Arrival::open(dir, &job)?;
     let (service, arrived, sessions) =
@@ -171,9 +177,12 @@ async fn receive(
     let mut receiver = Receiver {
         migration_id: incoming.migration_id.clone(),
         memory_limit: incoming.memory_limit_bytes,
+        arriving,
         images,
         work_dir,
         hostname: job.hostname,
+        gate: None,
+        programs: None,
         switch,
         staging,
         arrival,
@@ -189,7 +198,7 @@ async fn receive(
     outcome
 }
 
-fn make_dir(path: &std::path::Path) -> Result<(), ReceiveError> {
+fn make_dir(path: &Path) -> Result<(), ReceiveError> {
     use std::os::unix::fs::DirBuilderExt;
     fs::DirBuilder::new()
         .recursive(true)
@@ -206,9 +215,15 @@ fn make_dir(path: &std::path::Path) -> Result<(), ReceiveError> {
 struct Receiver {
     migration_id: String,
     memory_limit: u64,
+    /// Where CRIU's images are put.
+    arriving: PathBuf,
+    /// Where CRIU finds them.
     images: PathBuf,
     work_dir: PathBuf,
     hostname: Option<String>,
+    /// Given up together with this receiver.
+    gate: Option<Gate>,
+    programs: Option<Programs>,
     switch: Option<Switch>,
     staging: Arc<Staging>,
     arrival: Arrival,
@@ -229,8 +244,8 @@ struct Filling {
 impl Receiver {
     async fn run(&mut self) -> Result<(), ReceiveError> {
         let mut session = self.next_session(Phase::Negotiate).await?;
-        let (flags, prepare) = match self.until_prepared(&mut session).await {
-            Ok(prepared) => prepared,
+        let checked_in = match self.until_prepared(&mut session).await {
+            Ok(checked_in) => checked_in,
             Err(error) => {
                 let phase = self.state.phase().map_or("", Phase::name);
                 self.advance(error.event());
@@ -256,7 +271,7 @@ impl Receiver {
         // From here the source never runs the container by itself: whatever
         // happens below ends in `Running` or in `HandedBack`.
         self.advance(Event::Commit);
-        match self.restore(flags, prepare, &mut session).await {
+        match self.restore(checked_in, &mut session).await {
             Ok(filling) => self.settle(session, filling).await,
             // Whoever cleans up after the shim makes sure that nothing is left, and
             // then fences.
@@ -316,10 +331,7 @@ impl Receiver {
     }
 
     /// Negotiate, Prepare, PreCopy, Freeze: everything up to the word Prepared.
-    async fn until_prepared(
-        &mut self,
-        session: &mut Session,
-    ) -> Result<(RestoreFlags, Duration), ReceiveError> {
+    async fn until_prepared(&mut self, session: &mut Session) -> Result<Duration, ReceiveError> {
         let limit = Phase::Negotiate.timeout();
         let hello = match self.hear(session, limit, "say hello").await? {
             FromSource::Hello(hello) => hello,
@@ -352,9 +364,14 @@ impl Receiver {
             path,
             source,
         })?;
-        let flags = flags_from_wire(prepare.restore.unwrap_or_default());
+        self.start_restore(flags_from_wire(prepare.restore.unwrap_or_default()))
+            .await?;
         self.advance(Event::Ready);
-        session.say(ToSource::SwitchReady(pb::SwitchReady {})).await;
+        session
+            .say(ToSource::SwitchReady(pb::SwitchReady {
+                reads_trees: self.programs.is_some(),
+            }))
+            .await;
 
         // Pre-copy takes as long as it takes; a dead source shows as a broken
         // session.
@@ -380,10 +397,63 @@ impl Receiver {
         let begun = Instant::now();
         self.advance(Event::Final);
         let prepared = self.check(&account).await?;
+        self.mount_root().await?;
         self.advance(Event::Checked);
         self.service.admit_later_sessions();
         session.say(ToSource::Prepared(prepared)).await;
-        Ok((flags, begun.elapsed()))
+        Ok(begun.elapsed())
+    }
+
+    /// Has the shim start runc and CRIU; they stand still at the gate when this
+    /// returns. What cannot be restored for their sake shows here, while the
+    /// container still runs on the source.
+    async fn start_restore(&mut self, flags: RestoreFlags) -> Result<(), ReceiveError> {
+        let directory = self.images.with_file_name("programs");
+        self.programs = Programs::make(directory.clone()).map_err(|source| ReceiveError::File {
+            action: "make",
+            path: directory,
+            source,
+        })?;
+        let gate = Gate::make(&self.images).map_err(self.at_gate("make"))?;
+        let failed = self.at_gate("watch");
+        let gate = self.gate.insert(gate);
+        self.shim.send(&FromEngine::PrepareRestore(RestoreOrder {
+            images: self.images.clone(),
+            work_dir: self.work_dir.clone(),
+            programs: self
+                .programs
+                .as_ref()
+                .map(|programs| programs.directory().to_owned()),
+            lazy_pages: true,
+            flags,
+        }))?;
+        let reached = async { gate.reached().await.map_err(failed) };
+        let (messages, arrived) = (&mut self.messages, &mut self.arrived);
+        let limit = Phase::Prepare.timeout();
+        guarded(messages, arrived, limit, "get CRIU ready", reached).await
+    }
+
+    /// Has the shim mount the files that have arrived.
+    async fn mount_root(&mut self) -> Result<(), ReceiveError> {
+        self.shim.send(&FromEngine::FilesComplete)?;
+        let limit = Phase::Freeze.timeout();
+        match tokio::time::timeout(limit, self.messages.recv()).await {
+            Ok(Some(ToEngine::RootMounted)) => Ok(()),
+            Ok(message) => Err(spoken(message)),
+            Err(_) => Err(ReceiveError::Timeout {
+                what: "mount its root file system",
+                limit,
+            }),
+        }
+    }
+
+    fn at_gate(&self, action: &'static str) -> impl FnOnce(io::Error) -> ReceiveError + use<> {
+        let path = self.images.join(gate::INVENTORY);
+        move |source| ReceiveError::File {
+            action,
+            path,
+            source,
+        }
     }
 
     /// Waits for everything in the account and compares it with what is here.
@@ -434,7 +504,7 @@ impl Receiver {
                 .retain(SpaceId(space.space), &ranges)
                 .map_err(|error| ReceiveError::Damaged(error.to_string()))?;
         }
-        let images = self.images.clone();
+        let images = self.arriving.clone();
         let hostname = self.hostname.clone();
         let dumped = tokio::task::spawn_blocking(move || {
             criu::images::clear_lazy(&images)?;
@@ -452,6 +522,11 @@ impl Receiver {
             self.staging
                 .remove(SpaceId(pages.pid), &pages.ranges)
                 .map_err(|error| ReceiveError::Damaged(error.to_string()))?;
+        }
+        let inventory = take_images(&self.arriving, &self.images)?;
+        let failed = self.at_gate("close");
+        if let Some(gate) = &mut self.gate {
+            gate.hold(inventory).map_err(failed)?;
         }
         let usage = self.staging.usage();
         Ok(pb::Prepared {
@@ -484,27 +559,25 @@ impl Receiver {
     /// container runs here if the state is still `Restoring`.
     async fn restore(
         &mut self,
-        flags: RestoreFlags,
-        prepare: Duration,
+        checked_in: Duration,
         session: &mut Session,
     ) -> Result<Filling, ReceiveError> {
         let begun = Instant::now();
         let mut memory = Memory::serve(&self.work_dir, &self.staging, &self.shim, &self.arrival)?;
-        self.shim.send(&FromEngine::Restore(RestoreOrder {
-            images: self.images.clone(),
-            work_dir: self.work_dir.clone(),
-            lazy_pages: true,
-            flags,
-        }))?;
+        if let Some(gate) = self.gate.take() {
+            gate.open().map_err(self.at_gate("open"))?;
+        }
         let limit = tokio::time::sleep(Phase::Resume.timeout());
         tokio::pin!(limit);
         let mut late = false;
         let mut give_up = None;
         let mut restored = None;
+        let mut let_go = Duration::ZERO;
         loop {
             tokio::select! {
                 news = memory.next() => match news {
                     MemoryNews::LetGo => {
+                        let_go = begun.elapsed();
                         self.advance(Event::LetGo);
                         // Tasks are about to resume: their sockets exist, so
                         // that a packet that arrives now finds them.
@@ -526,10 +599,12 @@ impl Receiver {
                 },
                 message = self.messages.recv() => match message {
                     Some(ToEngine::Restored { pid }) => {
+                        memory.tasks_run();
                         restored = Some(pb::Running {
                             pid,
                             restore_us: micros(begun.elapsed()),
-                            prepare_us: micros(prepare),
+                            prepare_us: micros(checked_in),
+                            let_go_us: 0,
                         });
                     }
                     Some(ToEngine::RestoreFailed { reason }) => {
@@ -564,7 +639,8 @@ impl Receiver {
             }
             // runc may be heard before the page server.
             let runs = matches!(self.state, State::Resuming | State::Placed);
-            if let Some(running) = restored.take_if(|_| runs) {
+            if let Some(mut running) = restored.take_if(|_| runs) {
+                running.let_go_us = micros(let_go);
                 return Ok(Filling { memory, running });
             }
         }
@@ -683,13 +759,43 @@ async fn guarded<T>(
             let reason = failed.ok().and_then(|arrived| arrived.failure.clone());
             Err(ReceiveError::Damaged(reason.unwrap_or_default()))
         }
-        message = messages.recv() => Err(ReceiveError::Cancelled(match message {
-            Some(ToEngine::Cancel { reason }) => reason,
-            Some(_) => "the shim spoke out of turn".into(),
-            None => "the shim is gone".into(),
-        })),
+        message = messages.recv() => Err(spoken(message)),
         () = tokio::time::sleep(limit) => Err(ReceiveError::Timeout { what, limit }),
     }
+}
+
+/// Why a word of the shim ends the reception.
+fn spoken(message: Option<ToEngine>) -> ReceiveError {
+    match message {
+        Some(ToEngine::RestoreFailed { reason }) => ReceiveError::Restore(reason),
+        Some(ToEngine::Cancel { reason }) => ReceiveError::Cancelled(reason),
+        Some(_) => ReceiveError::Cancelled("the shim spoke out of turn".into()),
+        None => ReceiveError::Cancelled("the shim is gone".into()),
+    }
+}
+
+/// Puts CRIU's images where it looks for them, all but the one that it waits for,
+/// whose content is returned.
+fn take_images(arriving: &Path, images: &Path) -> Result<Vec<u8>, ReceiveError> {
+    let failed = |action, path: &Path| {
+        let path = path.to_owned();
+        move |source| ReceiveError::File {
+            action,
+            path,
+            source,
+        }
+    };
+    let inventory = arriving.join(gate::INVENTORY);
+    let content = fs::read(&inventory).map_err(failed("read", &inventory))?;
+    let names = fs::read_dir(arriving).map_err(failed("list", arriving))?;
+    for name in names {
+        let name = name.map_err(failed("list", arriving))?.file_name();
+        if name != gate::INVENTORY {
+            let path = arriving.join(&name);
+            fs::rename(&path, images.join(&name)).map_err(failed("move", &path))?;
+        }
+    }
+    Ok(content)
 }
 
 fn flags_from_wire(options: pb::RestoreOptions) -> RestoreFlags {

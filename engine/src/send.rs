@@ -36,6 +36,7 @@ use crate::ipc::ToShim;
 use crate::progress::Log;
 use crate::send_error::SendError;
 use crate::session::Session;
+use crate::tmpfs::Programs;
 
 /// Page streams, each a TCP connection. One HTTP/2 connection carries about
 /// 1 GB/s of pages; cloud networks cap a single flow at 5 Gbit/s.
@@ -152,9 +153,12 @@ struct Figures {
     layer_bytes: u64,
     image_bytes: u64,
     final_pages: u64,
+    claim: Duration,
     final_lap: Duration,
     dump: Duration,
+    images: Duration,
     prepare_us: u64,
+    let_go_us: u64,
     restore_us: u64,
     frozen_at: Option<Instant>,
     freeze: Duration,
@@ -173,6 +177,7 @@ struct Sender {
     copier: Option<Copier>,
     session: Option<Session>,
     dump: Option<Dump>,
+    programs: Option<Programs>,
     seccomp: SeccompFilters,
     frozen: Option<Frozen>,
     /// The shim was told that the destination does not answer.
@@ -203,6 +208,7 @@ impl Sender {
             copier: None,
             session: None,
             dump: None,
+            programs: None,
             seccomp: SeccompFilters::default(),
             frozen: None,
             undecided: false,
@@ -367,6 +373,9 @@ impl Sender {
             restore_us: figures.restore_us,
             blackout_us: micros(figures.blackout),
             total_ms: millis(self.begun.elapsed()),
+            claim_us: micros(figures.claim),
+            images_us: micros(figures.images),
+            let_go_us: figures.let_go_us,
         }
     }
 }

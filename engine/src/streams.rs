@@ -1,7 +1,7 @@
 //! Page streams of a sender: batches go out in order per extent, and are
 //! counted when the destination has them.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pages::{Batch, BatchSink, SinkClosed};
 use proto::migration as pb;
@@ -17,6 +17,9 @@ use crate::wire;
 const QUEUE: usize = 4;
 /// How long the destination may take for its next acknowledgement.
 const ACK_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the reason for a closed stream may take to come.
+const REASON_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// Why pages do not get through.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +128,19 @@ impl PageStreams {
                 Err(reason) => Some(StreamError::Broken(reason.clone())),
                 Ok(_) => None,
             })
+    }
+
+    /// Why a stream does not take pages any more. Its queue is closed a moment before
+    /// its reader has heard why. Blocks.
+    pub(crate) fn why_closed(&self) -> Option<StreamError> {
+        let begun = Instant::now();
+        loop {
+            let failure = self.failure();
+            if failure.is_some() || begun.elapsed() > REASON_TIMEOUT {
+                return failure;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// The account for `Final`.

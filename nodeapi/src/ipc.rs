@@ -10,8 +10,10 @@
 //!            engine -> shim  Listening, then Committed if it comes to that, Undecided while
 //!                            the destination does not answer, then Sent
 //! receiving  shim -> engine  Receive
-//!            engine -> shim  Listening, Restore
-//!            shim -> engine  Restored | RestoreFailed
+//!            engine -> shim  Listening, PrepareRestore, FilesComplete
+//!            shim -> engine  RootMounted
+//!            (the engine lets CRIU go on once the source has committed)
+//!            shim -> engine  Restored, or at any time from PrepareRestore: RestoreFailed
 //!            engine -> shim  Guard (with file descriptors)*, AbandonRestore, Running, Settled
 //!            or, at any time before Running: Failed
 //! ```
@@ -50,6 +52,8 @@ pub enum ToEngine {
     Recover(Box<SendJob>),
     /// Receive this container.
     Receive(Box<ReceiveJob>),
+    /// The root file system is mounted as it is to be restored on.
+    RootMounted,
     /// `runc restore` is through: the container runs.
     Restored {
         /// Its first process.
@@ -118,16 +122,20 @@ pub struct RestoreFlags {
     pub shell_job: bool,
 }
 
-/// How the shim is to restore the container that arrived.
+/// How the shim is to restore the container that arrives.
 ///
-/// The shim mounts the root file system, runs `runc restore --lazy-pages` with
-/// pipes for stdio, and answers `Restored` or `RestoreFailed`.
+/// The shim runs `runc restore --lazy-pages` with pipes for stdio, and answers
+/// `Restored` or `RestoreFailed`. CRIU waits for its first image until the engine
+/// gives it, which is after the commit. What runc does before, it does on a root
+/// file system that stands in for the one that is still being written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreOrder {
     /// `--image-path`, with `descriptors.json`.
     pub images: PathBuf,
     /// `--work-path`, where the engine listens on `lazy-pages.socket`.
     pub work_dir: PathBuf,
+    /// To come first in CRIU's `PATH`.
+    pub programs: Option<PathBuf>,
     /// Serve memory lazily from the engine.
     pub lazy_pages: bool,
     /// Options that must equal those of the dump.
@@ -159,8 +167,10 @@ pub enum FromEngine {
     Undecided,
     /// A sending engine's last word.
     Sent(Outcome),
-    /// Everything arrived and is committed: restore now.
-    Restore(RestoreOrder),
+    /// Start the restore, as far as it goes without images.
+    PrepareRestore(RestoreOrder),
+    /// All files have arrived: mount the root file system and say so.
+    FilesComplete,
     /// The restore takes too long: end it and answer `RestoreFailed` when nothing
     /// of it is left. Only that answer lets the source have the container back.
     AbandonRestore {

@@ -83,6 +83,10 @@ pub struct FillOptions {
     pub threads: usize,
     /// What to place ahead.
     pub prefill: Prefill,
+    /// How long after the restore has finished pages that are not hot and that nobody waits for are left alone, unless
+    /// [`Starter::start`] is called before. CRIU and whoever runs it have some work left then, with which filling
+    /// would compete for processors and for the lock of the address space.
+    pub patience: Duration,
     /// Refuse a process whose forks the kernel does not report. Only for a process that does not fork while it is
     /// filled can this be turned off: a child of which nobody hears reads zeros where its parent has content. To hear
     /// of forks CRIU needs `CAP_SYS_PTRACE`.
@@ -96,6 +100,7 @@ impl Default for FillOptions {
         Self {
             threads: 2,
             prefill: Prefill::default(),
+            patience: Duration::ZERO,
             require_forks: true,
         }
     }
@@ -133,12 +138,24 @@ impl Canceller {
     }
 }
 
+/// Tells a server from another thread that the tasks run.
+#[derive(Debug, Clone)]
+pub struct Starter(Arc<AtomicBool>);
+
+impl Starter {
+    /// Has all pages filled in from now on, whatever [`FillOptions::patience`] says.
+    pub fn start(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 /// The server, waiting for CRIU.
 #[derive(Debug)]
 pub struct LazyServer {
     path: PathBuf,
     listener: UnixListener,
     canceller: Canceller,
+    running: Arc<AtomicBool>,
 }
 
 impl LazyServer {
@@ -162,7 +179,13 @@ impl LazyServer {
             path,
             listener,
             canceller: Canceller { cancelled, signal },
+            running: Arc::default(),
         })
+    }
+
+    /// Something to tell the server with that the tasks run.
+    pub fn starter(&self) -> Starter {
+        Starter(Arc::clone(&self.running))
     }
 
     /// Something to end the server with.
@@ -186,7 +209,7 @@ impl LazyServer {
         options: FillOptions,
         events: &mut dyn FnMut(LazyEvent),
     ) -> Result<FillReport, LazyError> {
-        let crew = Crew::new(options.prefill).map_err(LazyError::Wait)?;
+        let crew = Crew::new(options, Arc::clone(&self.running)).map_err(LazyError::Wait)?;
         let outcome = thread::scope(|scope| {
             // However this ends, the threads have to, or the scope would not.
             let _stop = StopOnDrop(&crew);

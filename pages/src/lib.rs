@@ -22,7 +22,9 @@ pub use batch::{
     RecordKind, SinkClosed, SpaceId,
 };
 pub use claims::Claims;
-pub use lazy::{Canceller, FillOptions, FillReport, LazyError, LazyEvent, LazyServer, Prefill};
+pub use lazy::{
+    Canceller, FillOptions, FillReport, LazyError, LazyEvent, LazyServer, Prefill, Starter,
+};
 pub use maps::MalformedMaps;
 pub use process::{Process, processes_of_cgroup};
 pub use selftest::{Unsupported, self_test};

@@ -18,6 +18,7 @@ use crate::cgroup;
 use crate::events::timestamp;
 use crate::options::Options;
 use crate::rootfs;
+use crate::standin;
 
 /// What containerd shows for a container that was lost: 128 and SIGKILL.
 const LOST: u32 = 137;
@@ -40,6 +41,10 @@ pub(crate) fn delete(invocation: &Invocation) -> anyhow::Result<()> {
     let options = Options::read(&bundle).unwrap_or_default();
     report(delete_in_runc(&options, invocation));
     report(settle_migrations(&bundle, invocation));
+    let state = options
+        .runc_root(&invocation.namespace)
+        .join(&invocation.id);
+    report(standin::forget(&state).context("runc keeps something"));
     report(rootfs::unmount(&bundle.join("rootfs")).context("cannot unmount the rootfs"));
     report(remove_traces(invocation));
     report(remove_dead_socket(&bundle));

@@ -49,10 +49,12 @@ mod rootfs_tests;
 mod runc;
 mod server;
 mod service;
+mod standin;
 mod state;
 mod stats;
 
 use std::ffi::OsStr;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -60,6 +62,10 @@ use anyhow::Context;
 use crate::args::{Action, Invocation};
 
 fn main() -> ExitCode {
+    let name = std::env::args_os().next().unwrap_or_default();
+    if Path::new(&name).file_name() == Some(OsStr::new(engine::tmpfs::NAME)) {
+        return engine::tmpfs::main();
+    }
     match std::env::args_os()
         .nth(1)
         .as_deref()

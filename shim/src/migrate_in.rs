@@ -1,16 +1,19 @@
 //! A container that arrives from another node.
 //!
-//! `Create` starts the engine and returns when that listens; the root file
-//! system is not mounted yet, because the engine still fills its writable
-//! layer. `Start` waits for the arrival. One task, begun in `Create`, follows
-//! the engine:
+//! `Create` starts the engine and returns when that listens. `Start` waits for
+//! the arrival. One task, begun in `Create`, follows the engine:
 //!
 //! ```text
-//!   listening --Restore--> restoring --Restored--> restored --Running--> settling --Settled--> done
-//!       |                      |                      |                     |
-//!       +---- Failed, engine gone, Kill, Delete ------+                     +-- engine gone:
-//!             undone; Start answers why                                         killed
+//!   listening --PrepareRestore--> restoring --Restored--> restored --Running--> settling --Settled--> done
+//!       |                             |                      |                     |
+//!       +------- Failed, engine gone, Kill, Delete ----------+                     +-- engine gone:
+//!                undone; Start answers why                                             killed
 //! ```
+//!
+//! runc and CRIU are started long before there is anything to restore, and wait
+//! for the engine. The root file system is mounted when its writable layer is
+//! complete (`FilesComplete`); what runc prepares before, it prepares on a
+//! [stand-in](crate::standin).
 //!
 //! While memory settles the engine answers page faults. If it dies, the kernel
 //! would resolve the rest of them with zeros, unless somebody holds duplicates
@@ -40,12 +43,15 @@ use crate::hostname;
 use crate::reaper::Exit;
 use crate::restore::{self, Restore};
 use crate::runc::RestoreArgs;
+use crate::standin::Standin;
 use crate::state::{Activity, State};
 
 /// runc's annotation for a file of CRIU options, in place of /etc/criu/runc.conf.
 const CRIU_CONFIG: &str = "org.criu.config";
 /// That file, where nothing else is said.
 const CRIU_DEFAULT: &str = "/etc/criu/runc.conf";
+/// How long an engine may take to say why it gave up, once CRIU has noticed.
+const LAST_WORD: Duration = Duration::from_millis(200);
 
 /// How the arrival of a container is waited for and called off.
 #[derive(Debug)]
@@ -196,6 +202,14 @@ struct GivenUp {
 
 type Step<T> = std::result::Result<T, GivenUp>;
 
+/// What went wrong in this process.
+fn own(error: Error) -> GivenUp {
+    GivenUp {
+        reason: error.chain(),
+        engine_knows: false,
+    }
+}
+
 impl Receiver {
     async fn run(mut self) {
         // Create holds the gate until it has announced the container; then it
@@ -236,7 +250,7 @@ impl Receiver {
 
     async fn arrive(&mut self) -> Step<u32> {
         let order = loop {
-            if let FromEngine::Restore(order) = self.next().await? {
+            if let FromEngine::PrepareRestore(order) = self.next().await? {
                 break order;
             }
         };
@@ -332,11 +346,9 @@ impl Receiver {
     /// Has runc restore the container, and gives up with the engine.
     async fn restore(&mut self, order: &RestoreOrder) -> Step<u32> {
         let container = Arc::clone(&self.container);
-        let own = |error: Error| GivenUp {
-            reason: error.chain(),
-            engine_knows: false,
-        };
-        container.mount_rootfs().await.map_err(own)?;
+        let standin = Standin::mount(&container, &order.work_dir)
+            .await
+            .map_err(own)?;
         write_criu_config(&container, order.flags).map_err(own)?;
         let mut restore = Restore::begin(&container, &restore_args(order), &order.images)
             .await
@@ -346,6 +358,13 @@ impl Receiver {
                 finished = restore.finish() => break finished,
                 message = self.next() => {
                     let given_up = match message {
+                        Ok(FromEngine::FilesComplete) => {
+                            restore.note_cgroup();
+                            match self.mount_root(&standin).await {
+                                Ok(()) => continue,
+                                Err(given_up) => given_up,
+                            }
+                        }
                         // The engine waits for the word that nothing is left.
                         Ok(FromEngine::AbandonRestore { reason }) => GivenUp {
                             reason,
@@ -363,16 +382,33 @@ impl Receiver {
             }
         };
         match finished {
-            Ok(pid) => Ok(pid),
+            Ok(pid) => {
+                standin.remove().await;
+                Ok(pid)
+            }
             Err(error) => {
                 let reason = restore::explain(&error, &order.work_dir);
                 restore.abandon().await;
+                // CRIU ends when the engine gives up, which then says why.
+                if let Ok(Err(given_up)) = tokio::time::timeout(LAST_WORD, self.next()).await {
+                    return Err(given_up);
+                }
                 Err(GivenUp {
                     reason,
                     engine_knows: false,
                 })
             }
         }
+    }
+
+    /// Mounts the files that have arrived, and says so.
+    async fn mount_root(&self, standin: &Standin) -> Step<()> {
+        standin.replace().await.map_err(own)?;
+        let mounted = self.engine.send(&ToEngine::RootMounted).await;
+        mounted.map_err(|error| GivenUp {
+            reason: error.chain(),
+            engine_knows: true,
+        })
     }
 
     /// Takes everything back that was done for a container that did not arrive.
@@ -481,6 +517,7 @@ fn restore_args(order: &RestoreOrder) -> RestoreArgs {
         images: order.images.clone(),
         work_dir: order.work_dir.clone(),
         parent: None,
+        programs: order.programs.clone(),
         flags,
     }
 }

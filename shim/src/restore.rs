@@ -13,8 +13,8 @@ use crate::container::{CheckpointSource, Container};
 use crate::error::{Error, Result};
 use crate::io::{Console, ConsoleSocket, ProcessIo, RuncStdio, Unnamed};
 use crate::reaper::Expectation;
-use crate::rootfs;
 use crate::runc::{Launch, RestoreArgs, Running};
+use crate::standin;
 
 /// Beside the images: with which options they were made, so that the restore
 /// can use the same.
@@ -70,6 +70,7 @@ pub(crate) async fn restore(container: &Arc<Container>, source: &CheckpointSourc
         images: source.images.clone(),
         work_dir: work_dir.clone(),
         parent: source.parent.clone(),
+        programs: None,
         flags: flags(read_options(&source.images)),
     };
     let mut restore = Restore::begin(container, &args, &source.images).await?;
@@ -166,10 +167,10 @@ impl Restore {
     /// future and call it again.
     pub(crate) async fn finish(&mut self) -> Result<u32> {
         if let Some(running) = &mut self.running {
-            // The terminal comes before runc ends.
+            // The terminal comes before runc ends, which may wait for long.
             if let (Some(socket), None) = (&self.console, &self.received) {
                 tokio::select! {
-                    console = socket.receive() => self.received = Some(console?),
+                    console = socket.receive_whenever() => self.received = Some(console?),
                     _ = running.ended() => {}
                 }
             }
@@ -216,14 +217,8 @@ impl Restore {
         }
         container.discard_in_runc().await;
         // runc removes its directory only for containers that it has finished.
-        let state = container.runc.root().join(&container.id);
-        if let Err(error) = rootfs::unmount(&state) {
-            tracing::warn!(%error, "a mount of runc is left");
-        }
-        if let Err(error) = fs::remove_dir_all(&state)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::warn!(%error, "runc's state is left");
+        if let Err(error) = standin::forget(&container.runc.root().join(&container.id)) {
+            tracing::warn!(error = error.chain(), "runc's state is left");
         }
         container.init.abort_io().await;
     }

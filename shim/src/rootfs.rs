@@ -316,6 +316,13 @@ fn is_mount_point(path: &Path) -> io::Result<bool> {
     Ok(mount_points()?.iter().any(|point| point == path))
 }
 
+/// Binds what is mounted at `from`, with all below it, to `to`.
+pub(crate) fn bind(from: &Path, to: &Path) -> Result<()> {
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
+    mount::<Path, Path, str, str>(Some(from), to, None, flags, None)
+        .map_err(|error| Error::io("bind the root file system to", to)(error.into()))
+}
+
 /// Unmounts everything at and below `path`, the newest first. Nothing mounted
 /// is fine.
 pub(crate) fn unmount(path: &Path) -> io::Result<()> {

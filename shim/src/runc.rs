@@ -87,6 +87,8 @@ pub(crate) struct RestoreArgs {
     pub(crate) work_dir: PathBuf,
     /// `--parent-path`, as the Go shim passes it
     pub(crate) parent: Option<String>,
+    /// To come first in the `PATH` of runc and CRIU.
+    pub(crate) programs: Option<PathBuf>,
     /// Plain flags, with their dashes.
     pub(crate) flags: Vec<&'static str>,
 }
@@ -312,6 +314,12 @@ impl Runc {
         self.launch(&mut command, launch, stdio);
         command.arg(&self.id);
         command.process_group(0);
+        if let Some(programs) = &args.programs {
+            let mut path = programs.clone().into_os_string();
+            path.push(":");
+            path.push(std::env::var_os("PATH").unwrap_or_default());
+            command.env("PATH", path);
+        }
         if args.flags.contains(&"--lazy-pages") {
             // A page that CRIU restores itself would bring a huge page with it,
             // with zeros where the page server has content.

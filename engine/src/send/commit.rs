@@ -162,6 +162,7 @@ impl Sender {
                 Ok(FromDestination::Running(running)) => {
                     self.figures.restore_us = running.restore_us;
                     self.figures.prepare_us = running.prepare_us;
+                    self.figures.let_go_us = running.let_go_us;
                     return Some(Word::Gone(String::new()));
                 }
                 Ok(FromDestination::HandedBack(back)) => {

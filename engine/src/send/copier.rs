@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use pages::{Claims, LapReport, Process, Tracker};
+use pages::{Claims, LapReport, Process, TrackError, Tracker};
 use proto::migration as pb;
 
 use crate::files::TreeSender;
@@ -166,7 +166,11 @@ impl Copier {
             let mut memory = memory.lock().map_err(|_| SendError::Worker)?;
             let result = operation(&mut memory);
             // A broken stream explains a sink that closed.
-            match memory.streams.failure() {
+            let failure = match &result {
+                Err(SendError::Track(TrackError::Sink(_))) => memory.streams.why_closed(),
+                _ => memory.streams.failure(),
+            };
+            match failure {
                 Some(failure) => Err(failure.into()),
                 None => result,
             }

@@ -1,11 +1,12 @@
 //! Freeze: what is left is sent while the container stands still.
 
 use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use criu::Action;
 use migrate::source::Event;
-use pages::{Claims, LapReport};
+use pages::Claims;
 use proto::migration as pb;
 use proto::migration::destination_message::Message as FromDestination;
 use proto::migration::source_message::Message as ToDestination;
@@ -26,8 +27,10 @@ impl Sender {
         container: &Container,
     ) -> Result<(), SendError> {
         let images_client = dialer.connect().await?;
+        let images = TreeSender::open(images_client, pb::FileTree::Images, &self.work).await?;
         self.advance(Event::SwitchDecided)?;
-        self.figures.frozen_at = Some(Instant::now());
+        let begun = Instant::now();
+        self.figures.frozen_at = Some(begun);
         self.frozen = Some(container.freeze()?);
         self.advance(Event::Frozen)?;
         self.session()?
@@ -36,13 +39,8 @@ impl Sender {
 
         let claims = self.copier()?.claim(container.processes()?).await?;
         self.read_filters().await?;
-        let (report, dumped) = self.dump_and_copy(container, &claims).await?;
-        self.figures.dump = dumped;
-        self.figures.final_lap = report.duration;
-        self.figures.final_pages = report.pages;
-
-        let images = TreeSender::open(images_client, pb::FileTree::Images, &self.work).await?;
-        let images = send_images(images).await?;
+        self.figures.claim = begun.elapsed();
+        let images = self.dump_and_copy(container, &claims, images).await?;
         self.figures.image_bytes = images.bytes();
         self.figures.sent_bytes = self.copier()?.sent_bytes().await?;
         let account = self
@@ -50,6 +48,9 @@ impl Sender {
             .account(images.total(), spaces(&claims))
             .await?;
         self.session()?.say(ToDestination::Final(account)).await?;
+        self.figures.images = begun
+            .elapsed()
+            .saturating_sub(self.figures.claim + self.figures.dump);
         self.advance(Event::FinalSent)?;
         match self.session()?.hear().await? {
             FromDestination::Prepared(prepared) => {
@@ -61,13 +62,14 @@ impl Sender {
         self.advance(Event::Prepared)
     }
 
-    /// Side by side: CRIU dumps everything but memory, the last pages and files
-    /// go out, and the container's place on the network changes hands.
+    /// Side by side: CRIU dumps everything but memory, its images, the last pages
+    /// and files go out, and the container's place on the network changes hands.
     async fn dump_and_copy(
         &mut self,
         container: &Container,
         claims: &Arc<Claims>,
-    ) -> Result<(LapReport, Duration), SendError> {
+        images: TreeSender,
+    ) -> Result<TreeSender, SendError> {
         let begun = Instant::now();
         let (Some(dump), Some(copier), Some(session)) =
             (&mut self.dump, &self.copier, &mut self.session)
@@ -77,8 +79,12 @@ impl Sender {
         dump.claim(Arc::clone(claims), self.seccomp.clone());
         dump.answer(true)?;
         let processes = container.processes()?;
+        let (finished, dumped) = mpsc::channel();
+        let sending = send_images(images, dumped);
         let dumping = async {
             dump.until(Action::PostDump).await?;
+            // Whoever is gone has failed, which is heard elsewhere.
+            finished.send(()).ok();
             Ok::<_, SendError>(begun.elapsed())
         };
         let copying = async {
@@ -89,14 +95,21 @@ impl Sender {
             Ok((report, layer_bytes))
         };
         let handing_over = hand_over(session, self.job.network.as_ref());
-        let (dumped, (report, layer_bytes), ()) = tokio::try_join!(dumping, copying, handing_over)?;
+        let (dumped, (report, layer_bytes), (), images) =
+            tokio::try_join!(dumping, copying, handing_over, sending)?;
+        self.figures.dump = dumped;
+        self.figures.final_lap = report.duration;
+        self.figures.final_pages = report.pages;
         self.figures.layer_bytes = layer_bytes;
         if self.work.join(LINK_REMAPS).exists() {
             self.figures.layer_bytes = copier.layer_pass(processes, true).await?;
         }
-        Ok((report, dumped))
+        Ok(images)
     }
 }
+
+/// How long between two looks at CRIU's images while it makes them.
+const IMAGES_EVERY: Duration = Duration::from_millis(10);
 
 /// CRIU's image of the links that it made for files without a name.
 const LINK_REMAPS: &str = "remap-fpath.img";
@@ -120,8 +133,21 @@ async fn hand_over(
     Ok(())
 }
 
-async fn send_images(mut images: TreeSender) -> Result<TreeSender, SendError> {
+/// Sends CRIU's images while they are made, and what is left when it has
+/// `finished`.
+async fn send_images(
+    mut images: TreeSender,
+    finished: mpsc::Receiver<()>,
+) -> Result<TreeSender, SendError> {
     tokio::task::spawn_blocking(move || {
+        loop {
+            match finished.recv_timeout(IMAGES_EVERY) {
+                Ok(()) => break,
+                Err(RecvTimeoutError::Timeout) => drop(images.pass(false)?),
+                // The freeze is being undone.
+                Err(RecvTimeoutError::Disconnected) => return Err(SendError::Worker),
+            }
+        }
         images.pass(true)?;
         images.flush_later()?;
         Ok(images)

@@ -23,6 +23,7 @@ use crate::link::Dialer;
 use crate::send_error::SendError;
 use crate::session::Session;
 use crate::streams::PageStreams;
+use crate::tmpfs::Programs;
 
 impl Sender {
     pub(super) async fn negotiate(&mut self) -> Result<Dialer, SendError> {
@@ -84,6 +85,15 @@ impl Sender {
             }))
             .await?;
         match limited(Phase::Prepare, session.hear()).await? {
+            FromDestination::SwitchReady(ready) if ready.reads_trees => {
+                let directory = self.work.with_extension("programs");
+                let made = Programs::make(directory.clone());
+                self.programs = made.map_err(|source| SendError::File {
+                    action: "make",
+                    path: directory,
+                    source,
+                })?;
+            }
             FromDestination::SwitchReady(_) => {}
             _ => return Err(SendError::OutOfTurn("something before switch-ready")),
         }
@@ -99,7 +109,9 @@ impl Sender {
             None => None,
         };
         self.copier = Some(Copier::new(self.figures.tracked, streams, layer));
-        let dump = self.dump.insert(Dump::spawn(request)?);
+        let dump = self
+            .dump
+            .insert(Dump::spawn(request, self.programs.as_ref())?);
         limited(Phase::Prepare, async {
             Ok(dump.until(Action::PreDump).await?)
         })

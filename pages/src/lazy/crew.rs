@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::ops::Bound;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
@@ -14,7 +14,7 @@ use super::outstanding::{Outstanding, Piece};
 use super::recipient::{Origin, Recipient, RequestError};
 use super::report::Tally;
 use super::signal::Signal;
-use super::{LazyError, Prefill};
+use super::{FillOptions, LazyError, Prefill};
 use crate::SpaceId;
 use crate::sync::{lock, read, write};
 
@@ -45,7 +45,9 @@ pub(super) struct Crew {
     /// Pieces with hot pages, of all spaces.
     hot: Mutex<VecDeque<(Arc<Recipient>, Arc<Piece>)>>,
     prefill: Prefill,
-    resumed: AtomicBool,
+    resumed: OnceLock<Instant>,
+    patience: Duration,
+    hurry: Arc<AtomicBool>,
     stopped: AtomicBool,
     starved_since: Mutex<Option<Instant>>,
     inbox: Mutex<Vec<Message>>,
@@ -59,7 +61,8 @@ pub(super) struct Crew {
 }
 
 impl Crew {
-    pub(super) fn new(prefill: Prefill) -> io::Result<Self> {
+    /// `hurry`: somebody says that the tasks run.
+    pub(super) fn new(options: FillOptions, hurry: Arc<AtomicBool>) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let stop = Signal::new()?;
         epoll.add(&stop, EpollEvent::new(EpollFlags::EPOLLIN, STOP_KEY))?;
@@ -67,8 +70,10 @@ impl Crew {
             spaces: RwLock::default(),
             made: AtomicU64::new(0),
             hot: Mutex::default(),
-            prefill,
-            resumed: AtomicBool::new(false),
+            prefill: options.prefill,
+            resumed: OnceLock::new(),
+            patience: options.patience,
+            hurry,
             stopped: AtomicBool::new(false),
             starved_since: Mutex::new(None),
             inbox: Mutex::default(),
@@ -154,17 +159,20 @@ impl Crew {
 
     /// Whether pages that are not hot may be placed now.
     pub(super) fn may_fill_all(&self) -> bool {
-        self.has_resumed() || self.prefill == Prefill::All
+        let waited = |since: &Instant| {
+            self.hurry.load(Ordering::Acquire) || since.elapsed() >= self.patience
+        };
+        self.prefill == Prefill::All || self.resumed.get().is_some_and(waited)
     }
 
     /// Tells the threads that the restore has finished.
     pub(super) fn resume(&self) {
-        self.resumed.store(true, Ordering::Release);
+        self.resumed.get_or_init(Instant::now);
         self.work.notify_all();
     }
 
     pub(super) fn has_resumed(&self) -> bool {
-        self.resumed.load(Ordering::Acquire)
+        self.resumed.get().is_some()
     }
 
     /// Tells the threads to end.

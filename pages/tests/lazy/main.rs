@@ -91,6 +91,19 @@ fn hot_pages_are_placed_as_soon_as_their_mappings_are_there() {
 }
 
 #[test]
+fn until_the_tasks_are_said_to_run_pages_come_when_they_are_touched() {
+    let options = FillOptions {
+        patience: Duration::from_secs(3600),
+        ..options()
+    };
+    let Some(report) = restore(&staged(), "reads", options).expect_filled() else {
+        return;
+    };
+    // Faults alone have placed them, each some around it.
+    assert_complete(&report);
+}
+
+#[test]
 fn everything_can_be_placed_ahead() {
     let options = FillOptions {
         prefill: Prefill::All,

@@ -16,6 +16,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::OnceCell;
 
 use crate::error::{Error, Result};
 
@@ -31,6 +32,8 @@ const NAME_BYTES: usize = 4096;
 pub(crate) struct ConsoleSocket {
     path: PathBuf,
     listener: UnixListener,
+    /// runc's, once it has come.
+    connection: OnceCell<UnixStream>,
 }
 
 impl ConsoleSocket {
@@ -51,7 +54,11 @@ impl ConsoleSocket {
             return Err(Error::io("remove", &path)(error));
         }
         let listener = UnixListener::bind(&path).map_err(Error::io("listen on", &path))?;
-        Ok(Self { path, listener })
+        Ok(Self {
+            path,
+            listener,
+            connection: OnceCell::new(),
+        })
     }
 
     /// For `--console-socket`.
@@ -59,18 +66,23 @@ impl ConsoleSocket {
         &self.path
     }
 
-    /// Waits for the master.
+    /// Waits for the master, but not for long.
     pub(crate) async fn receive(&self) -> Result<Console> {
+        tokio::time::timeout(RECEIVE_LIMIT, self.receive_whenever())
+            .await
+            .unwrap_or(Err(Error::NoConsole(RECEIVE_LIMIT.as_secs())))
+    }
+
+    /// Waits for the master. It is safe to drop this future and call it again.
+    pub(crate) async fn receive_whenever(&self) -> Result<Console> {
         let receive = async {
-            let (stream, _) = self.listener.accept().await?;
-            receive_master(&stream).await
+            let accept = async || Ok::<_, io::Error>(self.listener.accept().await?.0);
+            receive_master(self.connection.get_or_try_init(accept).await?).await
         };
-        match tokio::time::timeout(RECEIVE_LIMIT, receive).await {
-            Err(_) => Err(Error::NoConsole(RECEIVE_LIMIT.as_secs())),
-            Ok(master) => master
-                .and_then(Console::new)
-                .map_err(Error::system("receive the console")),
-        }
+        receive
+            .await
+            .and_then(Console::new)
+            .map_err(Error::system("receive the console"))
     }
 }
 

@@ -37,7 +37,8 @@ files /run/sterna -mindepth 1 \( ! -type d -o -path '*/staging/*' \) ! -path '/r
 files /var/lib/sterna -mindepth 1 ! -path '/var/lib/sterna/logs*'
 files /tmp -mindepth 1
 files /dev/shm -mindepth 1
-find /sys/fs/cgroup -type d | sed 's/^/cgroup /'
+# runc makes a group for the namespace with its first container, and keeps it.
+find /sys/fs/cgroup -type d ! -path '*/default' | sed 's/^/cgroup /'
 awk 'NR > 1 && NF == 8 { print "socket", $8 }' /proc/net/unix
 ctr namespaces list -q | while read -r ns; do
   ctr -n "$ns" containers list -q | sed "s/^/container $ns /"

@@ -215,6 +215,29 @@ fn a_restore_that_fails_hands_the_container_back() {
         return;
     };
     let migration = scene.under_way(&["--max-blackout", "10s"]);
+    // CRIU stands at its gate, in the container's control group, and will find that
+    // it can make no process.
+    b.sh("for group in /sys/fs/cgroup/pids /sys/fs/cgroup; do
+           limit=$group/default/handed-back/pids.max
+           [ ! -e $limit ] || echo 1 >$limit
+         done")
+        .success();
+    let said = migration.failure();
+    assert!(
+        said.contains("node a"),
+        "where the container is should be said:\n{said}"
+    );
+    settled(&scene.valkey, a);
+    scene.assert_source_goes_on_and_the_next_migration_works();
+}
+
+#[test]
+fn a_runc_that_does_not_start_is_found_before_the_freeze() {
+    let Some(lab) = LAB.get() else { return };
+    let (a, b) = (lab.node("a"), lab.node("b"));
+    let Some(scene) = Scene::set(lab, "no-runc") else {
+        return;
+    };
     let runc = b
         .sh("readlink -f \"$(command -v runc)\"")
         .success()
@@ -228,12 +251,8 @@ fn a_restore_that_fails_hands_the_container_back() {
         ),
     );
     b.sh(&format!("chmod 755 {runc}")).success();
-    let said = migration.failure();
+    let said = Migration::start(&scene.valkey, a, b, &[]).failure();
     b.sh(&format!("mv {runc}.away {runc}")).success();
-    assert!(
-        said.contains("node a"),
-        "where the container is should be said:\n{said}"
-    );
-    settled(&scene.valkey, a);
+    assert_says(&said, "destination shim", "prepare");
     scene.assert_source_goes_on_and_the_next_migration_works();
 }
