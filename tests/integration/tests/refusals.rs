@@ -212,7 +212,7 @@ fn a_ticket_that_is_used_twice() {
     a.sh("sternad enroll stranger --out /root/stranger")
         .success();
     let valkey = Container::valkey("robbed").start(lab, a);
-    let load = Load::start(lab, valkey.address(), "64M", "0/s");
+    let load = Load::start(lab, valkey.address(), "64M", "1000/s");
     let thief = TicketThief::lurk(b, "robbed");
     let mut migration = Migration::start(&valkey, a, b, &["--max-blackout", "2s"]);
     let ticket = thief.catch();
