@@ -111,6 +111,7 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let dir = RunDir::at(temp.path());
         let job = ReceiveJob {
+            hostname: None,
             incoming: nodeapi::Incoming {
                 migration_id: "m".into(),
                 ticket: nodeapi::Ticket {
