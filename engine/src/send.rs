@@ -120,6 +120,8 @@ async fn serve(
         );
     }
     drop(fs::remove_dir_all(&sender.work));
+    // Of an engine that died: it could not remove its own.
+    drop(fs::remove_dir_all(sender.programs_directory()));
     // The shim first: whoever hears `finished` may ask it for the container.
     let told = shim.send(&FromEngine::Sent(last_word));
     log.finish(finished);
@@ -267,6 +269,11 @@ impl Sender {
         tracing::debug!(from = ?self.state, ?event, to = ?state, ?action, "source");
         self.state = state;
         Ok(())
+    }
+
+    /// Where CRIU finds our programs: beside the images, all of which travel.
+    fn programs_directory(&self) -> PathBuf {
+        self.work.with_extension("programs")
     }
 
     fn copier(&self) -> Result<&Copier, SendError> {

@@ -86,7 +86,7 @@ impl Sender {
             .await?;
         match limited(Phase::Prepare, session.hear()).await? {
             FromDestination::SwitchReady(ready) if ready.reads_trees => {
-                let directory = self.work.with_extension("programs");
+                let directory = self.programs_directory();
                 let made = Programs::make(directory.clone());
                 self.programs = made.map_err(|source| SendError::File {
                     action: "make",

@@ -10,6 +10,7 @@ use hyper_util::rt::TokioIo;
 use identity::NodeIdentity;
 use nodeapi::{Incoming, Ticket};
 use proto::migration as pb;
+use proto::migration::destination_message::Message as Answer;
 use proto::migration::migration_client::MigrationClient;
 use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
@@ -97,7 +98,7 @@ impl StolenTicket {
     }
 
     /// Tries to begin a migration with it, with the certificate in `identity` as
-    /// a directory of the node `of`; answers what was said to that.
+    /// a directory of the node `of`; the error is what was said to that.
     #[track_caller]
     pub fn present(&self, of: &Node, identity: &str) -> Result<(), String> {
         let identity = of.root().join(identity.trim_start_matches('/'));
@@ -135,7 +136,12 @@ impl StolenTicket {
             .map_err(|status| said(&status))?
             .into_inner();
         match answers.message().await {
-            Ok(Some(_)) => Ok(()),
+            Ok(Some(answer)) => match answer.message {
+                Some(Answer::Welcome(_)) => Ok(()),
+                // What a source that lost its session may ask for at any time.
+                Some(Answer::Running(_)) => Err("it runs here".into()),
+                other => Err(format!("an answer to no question: {other:?}")),
+            },
             Ok(None) => Err("ended without an answer".into()),
             Err(status) => Err(said(&status)),
         }

@@ -88,7 +88,11 @@ fn the_socket_is_for_its_user_alone_and_gone_after_sigterm() {
     let then = "socket=$(sed s,unix://,, address); stat -c %a ${socket%/*} $socket
         finish; for i in $(seq 100); do test -e $socket || break; sleep 0.1; done; test ! -e $socket";
     let said = start_by_hand(lab.node("a"), "", then);
-    assert_eq!(said, "700\n600\n");
+    // The directory is as whoever came first made it: containerd's shim takes 600.
+    assert!(
+        ["700\n600\n", "600\n600\n"].contains(&said.as_str()),
+        "{said}"
+    );
 }
 
 #[test]
@@ -154,6 +158,8 @@ fn it_serves_under_the_name_of_containerds_shim() {
             link,
         ])
         .success();
+        // It remembers where it found a shim.
+        node.service("restart", "containerd");
         let container = Container::shell("alias", IDLE)
             .under("io.containerd.runc.v2")
             .start(lab, node);
@@ -165,5 +171,6 @@ fn it_serves_under_the_name_of_containerds_shim() {
         container.exec(node, &["true"]).success();
         container.delete(node);
         node.exec(&["rm", link]).success();
+        node.service("restart", "containerd");
     }
 }
