@@ -37,6 +37,9 @@ const LAZY_FEATURES: [(&str, u64); 4] = [
 
 /// Room beside the container's memory: images, buffers of the streams, page tables.
 const MEMORY_MARGIN_BYTES: u64 = 64 << 20;
+/// Most that a container is expected to grow while it is copied. What it holds
+/// says little about that: a large one is not filled faster than a small one.
+const MEMORY_GROWTH_BYTES: u64 = 512 << 20;
 
 /// What a node is. Both sides gather it, neither believes it blindly.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -197,10 +200,11 @@ pub fn common_version(offered: &[u32], spoken: &[u32]) -> Option<u32> {
 }
 
 /// Free memory that a container of that size needs on arrival, in bytes: a tenth
-/// more than it holds, because it grows while it is copied, and a margin.
+/// more than it holds, but no more than 512 MiB, because it grows while it is
+/// copied, and a margin. One that grows more is given up before the commit.
 pub fn memory_room(memory_bytes: u64) -> u64 {
     memory_bytes
-        .saturating_add(memory_bytes / 10)
+        .saturating_add((memory_bytes / 10).min(MEMORY_GROWTH_BYTES))
         .saturating_add(MEMORY_MARGIN_BYTES)
 }
 
