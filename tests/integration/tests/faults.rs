@@ -142,7 +142,7 @@ fn the_sources_containerd_is_restarted_and_the_container_moves_all_the_same() {
     let Some(mut scene) = Scene::set(lab, "source-restart") else {
         return;
     };
-    let migration = scene.under_way(&[]);
+    let migration = scene.under_way(&["--max-blackout", "2s"]);
     a.service("kill", "containerd");
     a.service("start", "containerd");
     assert_eq!(scene.valkey.status(a).as_deref(), Some("RUNNING"));

@@ -227,7 +227,12 @@ fn a_ticket_that_is_used_twice() {
     drop(slow);
     migration.success();
     settled(&valkey, b);
-    let late = ticket.present(a, own).unwrap_err();
+    // The engine that ends at this moment may take the connection with it; then the
+    // agent answers in its place.
+    let late = eventually("somebody answers", || {
+        let said = ticket.present(a, own).unwrap_err();
+        (!said.contains("connection")).then_some(said)
+    });
     assert_eq!(late, "it runs here");
     a.sh("rm -r /root/stranger").success();
     load.stop().assert_nothing_lost();
