@@ -28,6 +28,7 @@ mod link;
 mod memory;
 mod progress;
 mod receive;
+mod receive_error;
 mod send;
 mod send_error;
 mod service;

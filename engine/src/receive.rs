@@ -5,9 +5,11 @@
 //! before the commit leaves through its `?` and ends in one place, [`run`],
 //! which tells the source, the shim, and removes what was staged.
 
+mod restore;
+mod stage;
+
 use std::fs;
 use std::future::Future;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,8 +18,8 @@ use migrate::Phase;
 use migrate::destination::{Event, State};
 use migrate::offer::{PROTOCOL_VERSIONS, common_version};
 use network::Switch;
-use nodeapi::{FromEngine, ReceiveJob, RestoreFlags, RestoreOrder, RunDir, ToEngine};
-use pages::{SpaceId, Staging};
+use nodeapi::{FromEngine, ReceiveJob, RunDir, ToEngine};
+use pages::Staging;
 use proto::migration as pb;
 use proto::migration::destination_message::Message as ToSource;
 use proto::migration::migration_server::MigrationServer;
@@ -26,85 +28,17 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
+use self::stage::flags_from_wire;
 use crate::arrival::Arrival;
-use crate::gate::{self, Gate};
+use crate::gate::Gate;
 use crate::ipc::ToShim;
 use crate::link::{self, MESSAGE_BYTES, Reception};
-use crate::memory::{Memory, MemoryError, MemoryNews};
+use crate::receive_error::ReceiveError;
 use crate::service::{Arrived, Service, Session, Trees};
 use crate::tmpfs::Programs;
 
 /// How long a receiver waits for its source to come, or to come back.
 const SOURCE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Most address spaces in one container's account.
-const MAX_SPACES: usize = 65_536;
-/// Most ranges over all of them.
-const MAX_RANGES: usize = 1 << 20;
-
-/// Why a container did not arrive.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ReceiveError {
-    #[error("cannot {action} {path}")]
-    File {
-        action: &'static str,
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
-    #[error("cannot talk to the shim")]
-    Shim(#[from] crate::ipc::IpcError),
-    #[error("the shim is gone")]
-    ShimGone,
-    #[error("cannot begin the arrival record")]
-    Record(#[from] nodeapi::FileError),
-    #[error("cannot take connections")]
-    Link(#[from] link::LinkError),
-    #[error("the source did not {what} within {} s", limit.as_secs())]
-    Timeout { what: &'static str, limit: Duration },
-    #[error("the source is gone: {0}")]
-    SourceLost(String),
-    #[error("the source gave up: {0}")]
-    Aborted(String),
-    #[error("given up here: {0}")]
-    Cancelled(String),
-    #[error("{0}")]
-    Damaged(String),
-    #[error("the source said {0} out of turn")]
-    OutOfTurn(&'static str),
-    #[error("the source speaks only versions {0:?} of the migration protocol")]
-    Version(Vec<u32>),
-    #[error("cannot read CRIU's images")]
-    Images(#[source] criu::images::ImageError),
-    #[error("the restore failed: {0}")]
-    Restore(String),
-    #[error("cannot fill memory in")]
-    Fill(#[from] MemoryError),
-    #[error("cannot attach the container's address")]
-    Network(#[source] network::NetworkError),
-}
-
-impl ReceiveError {
-    /// What this failure is to the state machine.
-    fn event(&self) -> Event {
-        match self {
-            Self::Aborted(_) => Event::Abort,
-            Self::SourceLost(_) | Self::OutOfTurn(_) => Event::PeerLost,
-            Self::Timeout { .. } => Event::PhaseTimedOut,
-            Self::Cancelled(_) => Event::CancelRequested,
-            Self::File { .. }
-            | Self::Shim(_)
-            | Self::ShimGone
-            | Self::Record(_)
-            | Self::Link(_)
-            | Self::Damaged(_)
-            | Self::Version(_)
-            | Self::Images(_)
-            | Self::Restore(_)
-            | Self::Fill(_)
-            | Self::Network(_) => Event::LocalFailure,
-        }
-    }
-}
 
 /// Receives one container; the process ends with this.
 pub(crate) async fn run(
@@ -235,12 +169,6 @@ struct Receiver {
     state: State,
 }
 
-/// A restored container whose memory is still being filled in.
-struct Filling {
-    memory: Memory,
-    running: pb::Running,
-}
-
 impl Receiver {
     async fn run(&mut self) -> Result<(), ReceiveError> {
         let mut session = self.next_session(Phase::Negotiate).await?;
@@ -355,7 +283,7 @@ impl Receiver {
         let limit = Phase::Prepare.timeout();
         let prepare = match self.hear(session, limit, "prepare the switch-over").await? {
             FromSource::PrepareSwitch(prepare) => prepare,
-            other => return Err(unexpected(other)),
+            other => return Err(ReceiveError::unexpected(other)),
         };
         self.advance(Event::PrepareSwitch);
         let path = self.images.join("descriptors.json");
@@ -391,7 +319,7 @@ impl Receiver {
                     }
                 }
                 FromSource::Final(account) => break account,
-                other => return Err(unexpected(other)),
+                other => return Err(ReceiveError::unexpected(other)),
             }
         };
         let begun = Instant::now();
@@ -404,137 +332,6 @@ impl Receiver {
         Ok(begun.elapsed())
     }
 
-    /// Has the shim start runc and CRIU; they stand still at the gate when this
-    /// returns. What cannot be restored for their sake shows here, while the
-    /// container still runs on the source.
-    async fn start_restore(&mut self, flags: RestoreFlags) -> Result<(), ReceiveError> {
-        let directory = self.images.with_file_name("programs");
-        self.programs = Programs::make(directory.clone()).map_err(|source| ReceiveError::File {
-            action: "make",
-            path: directory,
-            source,
-        })?;
-        let gate = Gate::make(&self.images).map_err(self.at_gate("make"))?;
-        let failed = self.at_gate("watch");
-        let gate = self.gate.insert(gate);
-        self.shim.send(&FromEngine::PrepareRestore(RestoreOrder {
-            images: self.images.clone(),
-            work_dir: self.work_dir.clone(),
-            programs: self
-                .programs
-                .as_ref()
-                .map(|programs| programs.directory().to_owned()),
-            lazy_pages: true,
-            flags,
-        }))?;
-        let reached = async { gate.reached().await.map_err(failed) };
-        let (messages, arrived) = (&mut self.messages, &mut self.arrived);
-        let limit = Phase::Prepare.timeout();
-        guarded(messages, arrived, limit, "get CRIU ready", reached).await
-    }
-
-    /// Has the shim mount the files that have arrived.
-    async fn mount_root(&mut self) -> Result<(), ReceiveError> {
-        self.shim.send(&FromEngine::FilesComplete)?;
-        let limit = Phase::Freeze.timeout();
-        match tokio::time::timeout(limit, self.messages.recv()).await {
-            Ok(Some(ToEngine::RootMounted)) => Ok(()),
-            Ok(message) => Err(spoken(message)),
-            Err(_) => Err(ReceiveError::Timeout {
-                what: "mount its root file system",
-                limit,
-            }),
-        }
-    }
-
-    fn at_gate(&self, action: &'static str) -> impl FnOnce(io::Error) -> ReceiveError + use<> {
-        let path = self.images.join(gate::INVENTORY);
-        move |source| ReceiveError::File {
-            action,
-            path,
-            source,
-        }
-    }
-
-    /// Waits for everything in the account and compares it with what is here.
-    async fn check(&mut self, account: &pb::Final) -> Result<pb::Prepared, ReceiveError> {
-        let mut arrived = self.arrived.clone();
-        let complete = async {
-            arrived
-                .wait_for(|arrived| arrived.covers(account))
-                .await
-                .map(|_| ())
-                .map_err(|_| ReceiveError::SourceLost("the server ended".into()))
-        };
-        let limit = Phase::Freeze.timeout();
-        guarded(
-            &mut self.messages,
-            &mut self.arrived,
-            limit,
-            "send all it counted",
-            complete,
-        )
-        .await?;
-        if account.spaces.len() > MAX_SPACES
-            || account
-                .spaces
-                .iter()
-                .map(|space| space.ranges.len())
-                .sum::<usize>()
-                > MAX_RANGES
-        {
-            return Err(ReceiveError::Damaged(
-                "the account names too many ranges".into(),
-            ));
-        }
-        // Of processes that ended before the freeze.
-        let listed: Vec<_> = account
-            .spaces
-            .iter()
-            .map(|space| SpaceId(space.space))
-            .collect();
-        self.staging.retain_spaces(&listed);
-        for space in &account.spaces {
-            let ranges: Vec<_> = space
-                .ranges
-                .iter()
-                .map(|range| range.start..range.end)
-                .collect();
-            self.staging
-                .retain(SpaceId(space.space), &ranges)
-                .map_err(|error| ReceiveError::Damaged(error.to_string()))?;
-        }
-        let images = self.arriving.clone();
-        let hostname = self.hostname.clone();
-        let dumped = tokio::task::spawn_blocking(move || {
-            criu::images::clear_lazy(&images)?;
-            if let Some(name) = hostname {
-                criu::images::set_hostname(&images, &name)?;
-            }
-            criu::images::dumped_pages(&images)
-        })
-        .await
-        .map_err(|error| ReceiveError::Damaged(error.to_string()))?
-        .map_err(ReceiveError::Images)?;
-        // CRIU restores these itself; a page that is there already would look like
-        // one that came into being by mistake.
-        for pages in &dumped {
-            self.staging
-                .remove(SpaceId(pages.pid), &pages.ranges)
-                .map_err(|error| ReceiveError::Damaged(error.to_string()))?;
-        }
-        let inventory = take_images(&self.arriving, &self.images)?;
-        let failed = self.at_gate("close");
-        if let Some(gate) = &mut self.gate {
-            gate.hold(inventory).map_err(failed)?;
-        }
-        let usage = self.staging.usage();
-        Ok(pb::Prepared {
-            staged_pages: usage.pages,
-            staged_bytes: usage.bytes,
-        })
-    }
-
     /// Waits for the commit, across a lost session: the source may have
     /// recorded it although we never heard.
     async fn until_commit(&mut self, mut session: Session) -> Result<Session, ReceiveError> {
@@ -544,7 +341,7 @@ impl Receiver {
                 .await
             {
                 Ok(FromSource::Commit(_)) => return Ok(session),
-                Ok(other) => return Err(unexpected(other)),
+                Ok(other) => return Err(ReceiveError::unexpected(other)),
                 Err(ReceiveError::SourceLost(reason)) => {
                     tracing::warn!(reason, "lost the source before its commit; waiting for it");
                     self.advance(Event::PeerLost);
@@ -552,159 +349,6 @@ impl Receiver {
                 }
                 Err(error) => return Err(error),
             }
-        }
-    }
-
-    /// Restores the container and attaches its address. On error nothing of the
-    /// container runs here if the state is still `Restoring`.
-    async fn restore(
-        &mut self,
-        checked_in: Duration,
-        session: &mut Session,
-    ) -> Result<Filling, ReceiveError> {
-        let begun = Instant::now();
-        let mut memory = Memory::serve(&self.work_dir, &self.staging, &self.shim, &self.arrival)?;
-        if let Some(gate) = self.gate.take() {
-            gate.open().map_err(self.at_gate("open"))?;
-        }
-        let limit = tokio::time::sleep(Phase::Resume.timeout());
-        tokio::pin!(limit);
-        let mut late = false;
-        let mut give_up = None;
-        let mut restored = None;
-        let mut let_go = Duration::ZERO;
-        loop {
-            tokio::select! {
-                news = memory.next() => match news {
-                    MemoryNews::LetGo => {
-                        let_go = begun.elapsed();
-                        self.advance(Event::LetGo);
-                        // Tasks are about to resume: their sockets exist, so
-                        // that a packet that arrives now finds them.
-                        if let Some(switch) = &mut self.switch {
-                            switch.attach().await.map_err(ReceiveError::Network)?;
-                            switch.announce().await.map_err(ReceiveError::Network)?;
-                        }
-                    }
-                    MemoryNews::Filled if self.state == State::Resuming => {
-                        self.advance(Event::Filled);
-                    }
-                    MemoryNews::Filled => {}
-                    // Whatever is restored would wait for its memory for ever.
-                    MemoryNews::Failed if self.state == State::Restoring => {
-                        give_up = Some("the page server failed".to_owned());
-                    }
-                    MemoryNews::Failed if self.state == State::Undoing => {}
-                    MemoryNews::Failed => drop(memory.filled().await?),
-                },
-                message = self.messages.recv() => match message {
-                    Some(ToEngine::Restored { pid }) => {
-                        memory.tasks_run();
-                        restored = Some(pb::Running {
-                            pid,
-                            restore_us: micros(begun.elapsed()),
-                            prepare_us: micros(checked_in),
-                            let_go_us: 0,
-                        });
-                    }
-                    Some(ToEngine::RestoreFailed { reason }) => {
-                        // The page server may have heard more than this loop.
-                        if !self.arrival.give_up() && self.state == State::Restoring {
-                            self.advance(Event::LetGo);
-                        }
-                        return Err(ReceiveError::Restore(reason));
-                    }
-                    // Too late to give up: the source has committed.
-                    Some(_) => {}
-                    // This process goes with its shim; the source asks on.
-                    None => return Err(ReceiveError::ShimGone),
-                },
-                // A source that lost its session asks again; the answer is due
-                // when it is known.
-                Some(reopened) = self.sessions.recv() => *session = reopened,
-                () = &mut limit, if !late => {
-                    late = true;
-                    give_up = Some(format!("it took longer than {:?}", Phase::Resume.timeout()));
-                }
-            }
-            if let Some(reason) = give_up.take() {
-                tracing::error!(reason, "the restore is given up, if it is not too late");
-                if self.state == State::Restoring && self.arrival.give_up() {
-                    self.advance(Event::LocalFailure);
-                    self.shim.send(&FromEngine::AbandonRestore { reason })?;
-                } else if self.state != State::Undoing {
-                    // It has run, whether runc returns or not.
-                    session.say(ToSource::Running(pb::Running::default())).await;
-                }
-            }
-            // runc may be heard before the page server.
-            let runs = matches!(self.state, State::Resuming | State::Placed);
-            if let Some(mut running) = restored.take_if(|_| runs) {
-                running.let_go_us = micros(let_go);
-                return Ok(Filling { memory, running });
-            }
-        }
-    }
-
-    /// The container runs: says so, and fills its memory in.
-    async fn settle(&mut self, mut session: Session, filling: Filling) -> Result<(), ReceiveError> {
-        self.advance(Event::Restored);
-        self.shim.send(&FromEngine::Running)?;
-        session.say(ToSource::Running(filling.running)).await;
-        let mut memory = filling.memory;
-        let report = loop {
-            tokio::select! {
-                report = memory.filled() => break report?,
-                // A source that did not hear the answer asks again.
-                Some(reopened) = self.sessions.recv() => {
-                    session = reopened;
-                    session.say(ToSource::Running(filling.running)).await;
-                }
-            }
-        };
-        tracing::info!(?report, "memory is in place");
-        if self.state == State::Running {
-            self.advance(Event::Filled);
-        }
-        self.shim.send(&FromEngine::Settled)?;
-        // The source closes its session once it has heard; one that lost it
-        // has as long as we would have waited for it.
-        loop {
-            if matches!(
-                tokio::time::timeout(SOURCE_TIMEOUT, session.closed()).await,
-                Ok(true) | Err(_)
-            ) {
-                return Ok(());
-            }
-            match tokio::time::timeout(SOURCE_TIMEOUT, self.sessions.recv()).await {
-                Ok(Some(reopened)) => {
-                    session = reopened;
-                    session.say(ToSource::Running(filling.running)).await;
-                }
-                _ => return Ok(()),
-            }
-        }
-    }
-
-    /// Nothing runs here and nothing will: the source may have it back. That is
-    /// written down, then it is told, and again whenever it asks.
-    async fn hand_back(&mut self, session: Option<Session>, error: &ReceiveError) {
-        self.arrival.fence().await;
-        let answer = pb::HandedBack {
-            reason: crate::error_chain(error),
-        };
-        let mut open = session;
-        loop {
-            if let Some(session) = &mut open {
-                session.say(ToSource::HandedBack(answer.clone())).await;
-                if session.closed().await {
-                    return;
-                }
-            }
-            open = match tokio::time::timeout(SOURCE_TIMEOUT, self.sessions.recv()).await {
-                Ok(Some(reopened)) => Some(reopened),
-                _ => return,
-            };
         }
     }
 }
@@ -759,71 +403,11 @@ async fn guarded<T>(
             let reason = failed.ok().and_then(|arrived| arrived.failure.clone());
             Err(ReceiveError::Damaged(reason.unwrap_or_default()))
         }
-        message = messages.recv() => Err(spoken(message)),
+        message = messages.recv() => Err(ReceiveError::spoken(message)),
         () = tokio::time::sleep(limit) => Err(ReceiveError::Timeout { what, limit }),
-    }
-}
-
-/// Why a word of the shim ends the reception.
-fn spoken(message: Option<ToEngine>) -> ReceiveError {
-    match message {
-        Some(ToEngine::RestoreFailed { reason }) => ReceiveError::Restore(reason),
-        Some(ToEngine::Cancel { reason }) => ReceiveError::Cancelled(reason),
-        Some(_) => ReceiveError::Cancelled("the shim spoke out of turn".into()),
-        None => ReceiveError::Cancelled("the shim is gone".into()),
-    }
-}
-
-/// Puts CRIU's images where it looks for them, all but the one that it waits for,
-/// whose content is returned.
-fn take_images(arriving: &Path, images: &Path) -> Result<Vec<u8>, ReceiveError> {
-    let failed = |action, path: &Path| {
-        let path = path.to_owned();
-        move |source| ReceiveError::File {
-            action,
-            path,
-            source,
-        }
-    };
-    let inventory = arriving.join(gate::INVENTORY);
-    let content = fs::read(&inventory).map_err(failed("read", &inventory))?;
-    let names = fs::read_dir(arriving).map_err(failed("list", arriving))?;
-    for name in names {
-        let name = name.map_err(failed("list", arriving))?.file_name();
-        if name != gate::INVENTORY {
-            let path = arriving.join(&name);
-            fs::rename(&path, images.join(&name)).map_err(failed("move", &path))?;
-        }
-    }
-    Ok(content)
-}
-
-fn flags_from_wire(options: pb::RestoreOptions) -> RestoreFlags {
-    RestoreFlags {
-        tcp_established: options.tcp_established,
-        tcp_close: options.tcp_close,
-        file_locks: options.file_locks,
-        ext_unix_sk: options.ext_unix_sk,
-        shell_job: options.shell_job,
-    }
-}
-
-fn unexpected(message: FromSource) -> ReceiveError {
-    match message {
-        FromSource::Abort(abort) => ReceiveError::Aborted(abort.reason),
-        FromSource::Hello(_) => ReceiveError::OutOfTurn("hello"),
-        FromSource::PrepareSwitch(_) => ReceiveError::OutOfTurn("prepare-switch"),
-        FromSource::Freezing(_) => ReceiveError::OutOfTurn("freezing"),
-        FromSource::Detached(_) => ReceiveError::OutOfTurn("detached"),
-        FromSource::Final(_) => ReceiveError::OutOfTurn("final"),
-        FromSource::Commit(_) => ReceiveError::OutOfTurn("commit"),
     }
 }
 
 fn status_text(status: &Status) -> String {
     format!("{:?}: {}", status.code(), status.message())
-}
-
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
