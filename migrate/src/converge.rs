@@ -6,7 +6,7 @@
 //! freeze + scan(memory) + written / link + dump + prepare + restore
 //! ```
 //!
-//! The first and the last terms are learned or defaulted ([`Costs`]); `written`
+//! The first and the last terms are measured ones ([`Costs`]); `written`
 //! is what matters. It is bounded from above: in a time no longer than that in
 //! which a lap's pages were written, a program that keeps its ways writes no more
 //! distinct pages than that lap found; in a longer one, at most in proportion,
@@ -85,19 +85,6 @@ impl Default for Costs {
 }
 
 impl Costs {
-    /// These costs, corrected by those of a migration that has just been made: half
-    /// old, half new, so that one slow run is forgotten soon.
-    pub fn learned_from(self, measured: Self) -> Self {
-        let mean = |old: Duration, new: Duration| (old + new) / 2;
-        Self {
-            freeze: mean(self.freeze, measured.freeze),
-            scan_per_gib: mean(self.scan_per_gib, measured.scan_per_gib),
-            dump: mean(self.dump, measured.dump),
-            prepare: mean(self.prepare, measured.prepare),
-            restore: mean(self.restore, measured.restore),
-        }
-    }
-
     fn fixed(&self) -> Duration {
         self.freeze + self.dump + self.prepare + self.restore
     }
@@ -136,8 +123,9 @@ pub enum Decision {
 pub enum Reason {
     /// Not even a container that writes nothing would fit the budget.
     #[error(
-        "a switch-over takes about {floor:?} here even if nothing is written, \
-         {max_blackout:?} are allowed; allow more"
+        "a switch-over takes about {} ms here even if nothing is written, \
+         {max_blackout:?} are allowed; allow more",
+        floor.as_millis()
     )]
     OutOfReach {
         /// The fixed terms of the expectation.
@@ -147,9 +135,10 @@ pub enum Reason {
     },
     /// The memory is written faster than it is sent.
     #[error(
-        "the blackout would be about {expected:?} after {laps} laps and does not get shorter, \
+        "the blackout would be about {} ms after {laps} laps and does not get shorter, \
          {max_blackout:?} are allowed: the container writes too much for a link of \
-         {link_mb_per_second} MB/s; allow more, or give a deadline to wait for a quieter moment"
+         {link_mb_per_second} MB/s; allow more, or give a deadline to wait for a quieter moment",
+        expected.as_millis()
     )]
     NotConverging {
         /// Laps made.
@@ -173,7 +162,8 @@ pub enum Reason {
     /// The time is up, or would be before another lap has ended.
     #[error(
         "the deadline of {deadline:?} leaves no time for another lap after {laps}: \
-         the blackout would be about {expected:?}, {max_blackout:?} are allowed"
+         the blackout would be about {} ms, {max_blackout:?} are allowed",
+        expected.as_millis()
     )]
     Deadline {
         /// Laps made.

@@ -355,22 +355,6 @@ fn a_container_without_memory_switches() {
     assert_eq!(convergence.decide(Duration::ZERO), Decision::Switch);
 }
 
-#[test]
-fn costs_are_learned_half_and_half() {
-    let old = COSTS();
-    let new = Costs {
-        dump: old.dump * 3,
-        ..old
-    };
-    assert_eq!(
-        old.learned_from(new),
-        Costs {
-            dump: old.dump * 2,
-            ..old
-        }
-    );
-}
-
 fn lap(written: u64, scanned: u64, duration: Duration) -> LapSample {
     LapSample {
         written_bytes: written,
