@@ -14,6 +14,8 @@ use crate::gap::Gap;
 
 /// Writes per round trip where there is no limit.
 const PIPELINE: usize = 64;
+/// Most writes per round trip of a writer that is behind.
+const LARGEST_BATCH: u64 = 128;
 /// How often a limited writer sends.
 const TICK: Duration = Duration::from_millis(2);
 
@@ -97,6 +99,8 @@ struct Pace {
     per_second: Option<f64>,
     begun: Instant,
     issued: u64,
+    /// Whether more is due.
+    behind: bool,
 }
 
 impl Pace {
@@ -105,24 +109,26 @@ impl Pace {
             per_second,
             begun: Instant::now(),
             issued: 0,
+            behind: false,
         }
     }
 
-    /// After a pause the rate is resumed, not made up for.
+    /// What could not be written in time is written later, as by clients who still
+    /// have it to write; after a long pause, a second's worth of it.
     fn due(&mut self) -> usize {
         let Some(rate) = self.per_second else {
             return PIPELINE;
         };
         let due = (self.begun.elapsed().as_secs_f64() * rate) as u64;
-        let late = due
-            .saturating_sub(self.issued)
-            .min((rate * 0.02) as u64 + 1);
-        self.issued = due;
-        late as usize
+        self.issued = self.issued.max(due.saturating_sub(rate as u64 + 1));
+        let batch = (due - self.issued).min(LARGEST_BATCH);
+        self.issued += batch;
+        self.behind = due > self.issued;
+        batch as usize
     }
 
     fn rest(&self) {
-        if self.per_second.is_some() {
+        if self.per_second.is_some() && !self.behind {
             std::thread::sleep(TICK);
         }
     }
@@ -197,5 +203,26 @@ impl Writer {
         let Share { number, of } = self.share;
         let keys = (self.dataset.keys() - number).div_ceil(of);
         (self.random as usize % keys) * of + number
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_missed_in_a_pause_is_written_later_but_a_second_of_it_at_most() {
+        let mut pace = Pace::new(Some(1000.0));
+        assert_eq!(pace.due(), 0);
+        pace.begun -= Duration::from_millis(200);
+        assert_eq!(pace.due(), LARGEST_BATCH as usize);
+        assert!(pace.behind);
+        pace.begun -= Duration::from_secs(10);
+        let mut written = 0;
+        while {
+            written += pace.due();
+            pace.behind
+        } {}
+        assert!((1000..2000).contains(&written), "{written}");
     }
 }
