@@ -142,4 +142,43 @@ mod tests {
         }
         assert_ne!(caller.join().unwrap(), Some(false));
     }
+
+    #[test]
+    fn a_call_that_was_taken_and_never_answered_is_made_again() {
+        let (session, helper) = packet_pair().unwrap();
+        let (ours, theirs) = packet_pair().unwrap();
+        let program = filter(Asked::Limits).unwrap().build();
+        let mut command = std::process::Command::new("prlimit");
+        let own = std::process::id().to_string();
+        command.args(["--nofile", "--pid", &own]);
+        command.stdout(std::process::Stdio::null());
+        // SAFETY: between fork and exec it makes system calls only; what the message
+        // takes is allocated in a process that has one thread.
+        unsafe {
+            std::os::unix::process::CommandExt::pre_exec(&mut command, move || {
+                let listener = program.install()?;
+                sys::fdpass::send_with_fds(&theirs, b"L", &[listener.as_fd()]).map(drop)
+            })
+        };
+        let mut criu = match command.spawn() {
+            // Not root: nothing to test here.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return,
+            spawned => spawned.unwrap(),
+        };
+        let (_, mut files) = sys::fdpass::recv_with_fds(&ours, &mut [0]).unwrap();
+        let listener = Listener::from(files.pop().unwrap());
+        watch(&Channel::from(helper), &listener, criu.id()).unwrap();
+        let taken = listener.receive().unwrap();
+        assert!(taken.is_some());
+        drop((listener, session));
+        for _ in 0..1000 {
+            if let Some(status) = criu.try_wait().unwrap() {
+                assert!(status.success(), "{status}");
+                return;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        criu.kill().unwrap();
+        panic!("it still waits for an answer");
+    }
 }

@@ -127,16 +127,11 @@ impl Program {
             len: self.0.len() as libc::c_ushort,
             filter: self.0.as_ptr().cast_mut(),
         };
-        // WAIT_KILLABLE_RECV (Linux 5.19): a call that has been received waits for
-        // its answer even when signals come, instead of being asked about again.
-        let wanted =
-            libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV;
-        match set_filter(&program, wanted) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                set_filter(&program, libc::SECCOMP_FILTER_FLAG_NEW_LISTENER)
-            }
-            result => result,
-        }
+        // N.B. without WAIT_KILLABLE_RECV (Linux 5.19). With it, a call that was received
+        // could be interrupted by nothing but SIGKILL, so that the death of whoever had
+        // received it would leave the caller waiting for ever. Without it, a signal has
+        // the call made again, and asked about again.
+        set_filter(&program, libc::SECCOMP_FILTER_FLAG_NEW_LISTENER)
     }
 }
 
