@@ -117,14 +117,27 @@ fn parent_of(pid: i32) -> Option<i32> {
 }
 
 fn is_criu(pid: i32) -> bool {
-    let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let second = words.split(|byte| *byte == 0).nth(1);
-    second.is_some_and(|word| word == HELPER_ARGUMENT.as_bytes() || word == b"swrk")
+    is_criu_line(&std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default())
+}
+
+/// `criu swrk 3` soon puts `criu: dump ...` in the place of its arguments.
+fn is_criu_line(line: &[u8]) -> bool {
+    let second = line.split(|byte| *byte == 0).nth(1);
+    line.starts_with(b"criu: ")
+        || second.is_some_and(|word| word == HELPER_ARGUMENT.as_bytes() || word == b"swrk")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn criu_is_known_by_what_it_calls_itself() {
+        assert!(is_criu_line(b"/usr/sbin/criu\0swrk\x003\0"));
+        assert!(is_criu_line(b"criu: dump --rpc -t 1697\0"));
+        assert!(!is_criu_line(b"criu-exporter\0--port\x009100\0"));
+        assert!(!is_criu_line(b""));
+    }
 
     #[test]
     fn a_helper_is_found_by_its_parent_and_its_argument() {

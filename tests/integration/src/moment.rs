@@ -5,6 +5,9 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
 use crate::node::Node;
 
 /// Longer than any migration of these tests takes to get there.
@@ -110,8 +113,19 @@ impl Victim {
     /// Kills it, now.
     #[track_caller]
     pub fn kill(&self) {
-        let pid = nix::unistd::Pid::from_raw(self.0);
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)
-            .unwrap_or_else(|error| panic!("cannot kill {pid}: {error}"));
+        self.signal(Signal::SIGKILL);
+    }
+
+    /// Has it stand still, for good: until then it is as slow as it takes.
+    #[track_caller]
+    pub fn stop(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    #[track_caller]
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(self.0);
+        nix::sys::signal::kill(pid, signal)
+            .unwrap_or_else(|error| panic!("cannot send {signal} to {pid}: {error}"));
     }
 }

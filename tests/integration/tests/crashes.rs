@@ -20,6 +20,8 @@ static LAB: SharedLab = SharedLab::new(9, |lab| {
 
 const ENGINE: &[&str] = &["containerd-shim-sterna-v1 engine"];
 const AGENT: &[&str] = &["sternad run"];
+// What CRIU makes of its command line.
+const CRIU: &[&str] = &["criu: restore"];
 
 /// A Valkey under load on a, on its way to b.
 struct Scene<'lab> {
@@ -51,6 +53,18 @@ impl<'lab> Scene<'lab> {
         let options = ["--max-blackout", "30s"];
         let mut migration = Migration::start(&self.valkey, a, b, &options);
         migration.wait_for_pre_copy();
+        migration
+    }
+
+    /// As [`under_way`](Self::under_way), and no task is let go on b: whatever is
+    /// killed there after the commit is killed in time.
+    fn under_way_to_be_held(&self) -> Migration {
+        let b = self.lab.node("b");
+        // Where the kernel can: then the first lap takes seconds on any machine.
+        let _slow = b.slow_link("100mbit");
+        let migration = self.under_way();
+        // It stands at the gate.
+        Victim::find(b, CRIU).stop();
         migration
     }
 
@@ -130,7 +144,7 @@ fn both_engines_die_after_the_commit() {
     let Some(lab) = LAB.get() else { return };
     let scene = Scene::set(lab, "both-engines");
     let commit = Moment::of_commit(lab.node("a"));
-    let migration = scene.under_way();
+    let migration = scene.under_way_to_be_held();
     let engines = ["a", "b"].map(|node| Victim::find(lab.node(node), ENGINE));
     commit.wait();
     for engine in engines {
@@ -147,7 +161,7 @@ fn the_destinations_engine_and_agent_die_before_the_tasks_are_let_go() {
     let (a, b) = (lab.node("a"), lab.node("b"));
     let scene = Scene::set(lab, "not-let-go");
     let commit = Moment::of_commit(a);
-    let migration = scene.under_way();
+    let migration = scene.under_way_to_be_held();
     let victims = [ENGINE, AGENT].map(|words| Victim::find(b, words));
     commit.wait();
     for victim in victims {
@@ -166,7 +180,7 @@ fn an_undecided_container_survives_its_agent_and_its_engine() {
     let (a, b) = (lab.node("a"), lab.node("b"));
     let scene = Scene::set(lab, "undecided");
     let commit = Moment::of_commit(a);
-    let migration = scene.under_way();
+    let migration = scene.under_way_to_be_held();
     let victims = [ENGINE, AGENT].map(|words| Victim::find(b, words));
     commit.wait();
     for victim in victims {
@@ -191,7 +205,7 @@ fn an_operator_decides_about_an_undecided_container() {
     let refused = release("--handed-back").failure();
     assert!(refused.contains("not undecided"), "{refused}");
     let commit = Moment::of_commit(a);
-    let migration = scene.under_way();
+    let migration = scene.under_way_to_be_held();
     let victims = [ENGINE, AGENT].map(|words| Victim::find(b, words));
     commit.wait();
     for victim in victims {
@@ -232,6 +246,33 @@ fn the_destinations_engine_and_agent_die_after_the_tasks_were_let_go() {
     b.link("up");
     b.service("start", "sternad");
     migration.success();
+    scene.assert_goes_on_at_the_destination();
+}
+
+/// Whoever knows that it runs there needs not wait until the link is back.
+#[test]
+fn an_operator_ends_what_is_left_of_a_container_that_runs_elsewhere() {
+    let Some(lab) = LAB.get() else { return };
+    let (a, b) = (lab.node("a"), lab.node("b"));
+    let scene = Scene::set(lab, "ended");
+    let decision = Moment::of_decision(b);
+    let slow = SlowRunc::of(b);
+    let migration = scene.under_way();
+    decision.wait();
+    b.link("down");
+    slow.end();
+    eventually("it has settled on b", || {
+        scene.here(b).filter(|here| here.state == "running")
+    });
+    scene.assert_undecided();
+    let released = a.sterna(&["release", "ended", "--gone"]);
+    let said = released.success();
+    assert!(said.contains("ended is ended here"), "{said}");
+    migration.success();
+    eventually("nothing is left of it on a", || {
+        scene.here(a).is_none().then_some(())
+    });
+    b.link("up");
     scene.assert_goes_on_at_the_destination();
 }
 
