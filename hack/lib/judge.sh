@@ -56,9 +56,12 @@ build_suite() {
     1.*) debian_source "$1" containerd "$version" "$path.source" ;;
     *) go_module "github.com/containerd/containerd/v2@v$upstream" "$path.source" ;;
   esac
-  # The suite takes its images' names from there before it reads its flags.
+  # Debian leaves parts of it out: what go.sum has recorded is all there.
+  rm -rf "$path.source/vendor"
+  # The suite takes its images' names from the list before it reads its flags, and
+  # some from nowhere else.
   sed -Ei 's#"(ghcr\.io/containerd|registry\.k8s\.io)/#"'"$REGISTRY"'/#' \
-    "$path.source/integration/images/image_list.go"
+    "$path.source/integration/images/image_list.go" "$path.source"/integration/client/*_linux_test.go
   build_go "$path.source/integration/client" test -c -o "$path.new/client.test" .
   # A runc that misbehaves in ways that a test asks for.
   build_go "$path.source" build -o "$path.new/runc-fp" ./integration/failpoint/cmd/runc-fp
@@ -109,6 +112,7 @@ debian_source() {
 # The images of the suite, of all versions, and what they are made of. No two may
 # be alike, and one has to have several layers.
 SUITE_IMAGES=(
+  'alpine:3.14.0 debian'
   'busybox:1.36 debian'
   'pause:3.8 pause'
   'pause:3.10 pause'
