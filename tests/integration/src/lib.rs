@@ -11,6 +11,7 @@
 mod cluster;
 mod container;
 mod cri;
+mod cri_api;
 mod events;
 mod http;
 mod lab;
@@ -21,11 +22,13 @@ mod moment;
 mod node;
 mod output;
 mod replay;
+mod task_api;
 mod wait;
 
 pub use cluster::{Cluster, Deployment};
 pub use container::{Container, Running, STERNA, runtime};
 pub use cri::{Cri, Pod, PodContainer, RUNC_HANDLER, STERNA_HANDLER};
+pub use cri_api::{ContainerEvents, CriApi, Sandbox, SandboxContainer};
 pub use events::Events;
 pub use http::Http;
 pub use lab::{Lab, SharedLab, skip};
@@ -36,4 +39,5 @@ pub use moment::{Moment, Victim};
 pub use node::{Background, Cgroup, Flavour, Node, SlowLink};
 pub use output::Output;
 pub use replay::{StolenTicket, TicketThief};
+pub use task_api::TaskApi;
 pub use wait::{DEADLINE, eventually, eventually_within};

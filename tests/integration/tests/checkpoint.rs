@@ -3,7 +3,7 @@
 //! own, and from the one to the other.
 
 use sterna_integration::{
-    Cgroup, Container, Flavour, Lab, Node, Running, STERNA, SharedLab, eventually,
+    Cgroup, Container, DEADLINE, Flavour, Lab, Node, Running, STERNA, SharedLab, eventually,
 };
 
 const RUNC: &str = "io.containerd.runc.v2";
@@ -270,4 +270,64 @@ fn a_valkey_comes_back_with_its_keys() {
         "tern\n"
     );
     restored.delete(node);
+}
+
+#[test]
+fn a_restart_of_containerd_in_the_middle_of_a_checkpoint_does_not_tear_it() {
+    let Some(lab) = LAB.get() else { return };
+    // containerd 1.7 takes no directory for a runtime that is not called runc.
+    let node = lab.node("a");
+    node.exec(&["rm", "-rf", "/tmp/torn", "/tmp/whole"])
+        .success();
+    // So much memory that the dump takes a while.
+    let hold = "(head -c 300000000 /dev/zero; sleep 100000) | tail -c 300000000 &";
+    let container = Container::shell("torn", &format!("{hold} {COUNTER}")).start(lab, node);
+    eventually("the memory is there", || {
+        let held = node.processes(&["tail -c 300000000"]);
+        let status = node
+            .exec(&["cat", &format!("/proc/{}/status", held.last()?)])
+            .stdout;
+        let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+        let size: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+        (size > 250_000).then_some(())
+    });
+    let words = [
+        "ctr",
+        "task",
+        "checkpoint",
+        "--image-path",
+        "/tmp/torn",
+        "torn",
+    ];
+    let asking = node.spawn(&words);
+    let pages = node.root().join("tmp/torn/pages-1.img");
+    eventually("CRIU writes pages", || {
+        (std::fs::metadata(&pages).ok()?.len() > 0).then_some(())
+    });
+    assert!(
+        !node.holds("test -e /tmp/torn/inventory.img"),
+        "the dump was too quick"
+    );
+    node.service("kill", "containerd");
+    node.service("start", "containerd");
+    asking.end(DEADLINE).failure();
+    // Who asked has paused it, and was not there any more to resume it.
+    assert_eq!(container.status(node).as_deref(), Some("PAUSED"));
+    eventually("the dump is complete", || {
+        node.holds("test -s /tmp/torn/inventory.img").then_some(())
+    });
+    eventually("it can be resumed", || {
+        node.ctr(&["task", "resume", "torn"])
+            .is_success()
+            .then_some(())
+    });
+    let now = count(&container, node);
+    counted_past(&container, node, now);
+    node.ctr(&["task", "checkpoint", "--image-path", "/tmp/whole", "torn"])
+        .success();
+    let now = count(&container, node);
+    counted_past(&container, node, now);
+    container.delete(node);
+    node.exec(&["rm", "-r", "/tmp/torn", "/tmp/whole"])
+        .success();
 }
