@@ -32,6 +32,18 @@ pub(crate) struct Config {
     pub(crate) network: NetworkConfig,
     pub(crate) migration: MigrationConfig,
     pub(crate) limits: Limits,
+    /// None: the node is in no Kubernetes cluster.
+    pub(crate) kubernetes: Option<KubernetesConfig>,
+}
+
+/// How sternad takes part in a cluster.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct KubernetesConfig {
+    /// How to reach the API server. None: as a pod does.
+    pub(crate) kubeconfig: Option<PathBuf>,
+    /// The node's name there. Default: its own.
+    pub(crate) node: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
@@ -76,6 +88,7 @@ impl Default for Config {
             network: NetworkConfig::default(),
             migration: MigrationConfig::default(),
             limits: Limits::default(),
+            kubernetes: None,
         }
     }
 }
@@ -138,12 +151,9 @@ impl Config {
         Ok(config)
     }
 
-    /// host:port of a node's sternad.
-    pub(crate) fn peer_address(&self, node: &NodeName) -> String {
-        match self.peers.get(node.as_str()) {
-            Some(address) => address.clone(),
-            None => format!("{node}:{DEFAULT_PORT}"),
-        }
+    /// host:port of a node's sternad, if the file says it.
+    pub(crate) fn peer_address(&self, node: &NodeName) -> Option<String> {
+        self.peers.get(node.as_str()).cloned()
     }
 }
 
@@ -164,16 +174,6 @@ mod tests {
             .collect();
         let config = Config::parse(&all).unwrap();
         assert!(config.network.bridge.is_some() && !config.peers.is_empty());
-    }
-
-    #[test]
-    fn a_peer_is_found_by_the_file_or_else_by_its_name() {
-        let config = Config::parse("[peers]\nb = \"10.0.0.2:9000\"").unwrap();
-        assert_eq!(config.peer_address(&"b".parse().unwrap()), "10.0.0.2:9000");
-        assert_eq!(
-            config.peer_address(&"c.example".parse().unwrap()),
-            "c.example:7443"
-        );
     }
 
     #[test]

@@ -15,6 +15,7 @@
 //! answers        what is said in the place of an engine that is gone
 //! arrivals       containers on their way here
 //! departures     containers on their way from here
+//! kubernetes     the API server's word on who leaves and who comes
 //! pods           whose containers are their kubelet's: who asks for a state meets who has one
 //! ```
 
@@ -27,6 +28,7 @@ mod containerd;
 mod departures;
 mod doctor;
 mod facts;
+mod kubernetes;
 mod listener;
 mod local_service;
 mod node;

@@ -1,12 +1,13 @@
 //! What every part of sternad needs to know about its own node.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, ensure};
 use identity::{NodeIdentity, NodeName};
 use nodeapi::RunDir;
 
-use crate::config::Config;
+use crate::config::{Config, DEFAULT_PORT};
 use crate::containerd::Containerd;
 
 /// This node.
@@ -17,6 +18,8 @@ pub(crate) struct Node {
     pub(crate) identity: NodeIdentity,
     pub(crate) containerd: Containerd,
     pub(crate) run_dir: RunDir,
+    /// host:port of other nodes, as an orchestrator says it.
+    learned: Mutex<HashMap<NodeName, String>>,
 }
 
 impl Node {
@@ -40,6 +43,30 @@ impl Node {
             name,
             identity,
             config,
+            learned: Mutex::default(),
         }))
+    }
+
+    /// An orchestrator says where a node is.
+    pub(crate) fn learn(&self, node: NodeName, host: &str) {
+        let address = match host.contains(':') {
+            true => format!("[{host}]:{DEFAULT_PORT}"),
+            false => format!("{host}:{DEFAULT_PORT}"),
+        };
+        let mut learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+        learned.insert(node, address);
+    }
+
+    /// host:port of a node's sternad: as the file says, else as an orchestrator
+    /// does, else its name is its host's.
+    pub(crate) fn peer_address(&self, node: &NodeName) -> String {
+        let learned = || {
+            let learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+            learned.get(node).cloned()
+        };
+        self.config
+            .peer_address(node)
+            .or_else(learned)
+            .unwrap_or_else(|| format!("{node}:{DEFAULT_PORT}"))
     }
 }

@@ -38,7 +38,7 @@ pub(crate) struct Peer {
 
 /// Whether the node's address is known; if not, the words for it.
 pub(crate) async fn resolve(local: &Node, node: &NodeName) -> Result<(), String> {
-    let address = local.config.peer_address(node);
+    let address = local.peer_address(node);
     let Err(error) = tokio::net::lookup_host(&address).await else {
         return Ok(());
     };
@@ -51,7 +51,7 @@ pub(crate) async fn resolve(local: &Node, node: &NodeName) -> Result<(), String>
 impl Peer {
     /// Connects, and checks that whoever answers is `node`.
     pub(crate) async fn connect(local: &Node, node: &NodeName) -> Result<Self, Failure> {
-        let address = local.config.peer_address(node);
+        let address = local.peer_address(node);
         let tls = local
             .identity
             .client_config(node.as_str())

@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use crate::arrivals::Arrivals;
 use crate::config::Config;
 use crate::departures::Departures;
+use crate::kubernetes;
 use crate::listener;
 use crate::local_service::LocalService;
 use crate::node::Node;
@@ -66,6 +67,9 @@ pub(crate) async fn run(config: Config, notify_socket: Option<OsString>) -> anyh
     let pods = Arc::new(Pods::new());
     let arrivals = Arrivals::new(Arc::clone(&node), Arc::clone(&pods));
     let departures = Departures::new(Arc::clone(&node));
+    if let Some(config) = &node.config.kubernetes {
+        kubernetes::start(config, Arc::clone(&node), &pods, Arc::clone(&departures)).await?;
+    }
     departures.resume();
     tokio::spawn(sweep::follow_deletions(Arc::clone(&node)));
     tokio::spawn(startup::clean_containerd(Arc::clone(&node), started));

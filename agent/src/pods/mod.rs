@@ -123,7 +123,6 @@ impl Pods {
     }
 
     /// Who decides from now on.
-    #[expect(dead_code, reason = "an orchestrator's module is its caller")]
     pub(crate) fn follow(&self, guide: Box<dyn Guide>) {
         // There is one orchestrator to a node.
         drop(self.guide.set(guide));
