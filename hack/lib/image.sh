@@ -5,7 +5,7 @@
 #   settings    the image config's "config" member, as JSON
 # Sourced, never run. Needs common.sh, rootfs.sh, kube/programs.sh.
 
-IMAGES=(valkey busybox python nginx node goserver pause coredns debian webserver escalate toolbox)
+IMAGES=(valkey busybox python nginx node goserver pause coredns debian webserver escalate toolbox sternad controller)
 IMAGE_SUITE=forky
 IMAGE_PATH='PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
 
@@ -154,6 +154,56 @@ image_debian() {
   install -d -o 65534 -g 65534 "$1/test_dir"
 }
 
+# The chart's images. Their programs are those that hack/build made last, or those in
+# STERNA_PROGRAMS.
+programs_dir() {
+  local dir newest=
+  for dir in ${STERNA_PROGRAMS:-"$REPO_DIR/target/release" "$REPO_DIR/target/debug"}; do
+    [[ ! -x $dir/sterna-controller ]] || [[ -n $newest && $dir/sterna-controller -ot $newest/sterna-controller ]] || newest=$dir
+  done
+  [[ -n $newest ]] || die "there is no sterna-controller to make images of: hack/build"
+  echo "$newest"
+}
+
+image_controller() {
+  reference=ghcr.io/sterna-dev/sterna-controller:$(chart_version)
+  settings='{"Env": ["'$IMAGE_PATH'"], "Entrypoint": ["/usr/local/bin/sterna-controller"], "User": "65534:65534"}'
+  unpack "$1" libc6 libgcc-s1 ca-certificates
+  install -D -m 755 "$(programs_dir)/sterna-controller" "$1/usr/local/bin/sterna-controller"
+}
+
+# What on-node puts on a node lies in /opt/sterna-image: programs, and every library
+# that they and CRIU need.
+image_sternad() {
+  local ours=$1/opt/sterna-image program file loader libraries
+  reference=ghcr.io/sterna-dev/sternad:$(chart_version)
+  settings='{"Env": ["'$IMAGE_PATH'"], "Entrypoint": ["/usr/local/bin/on-node"]}'
+  unpack "$1" busybox-static criu libcriu2 patchelf
+  rm -rf "$1"/usr/lib/python3* "$1"/usr/share/python3
+  add_applets "$1"
+  install -D -m 755 "$REPO_DIR/install/kubernetes/on-node" "$1/usr/local/bin/on-node"
+  mkdir -p "$ours"/{bin,lib,libexec}
+  for program in containerd-shim-sterna-v1 sternad sterna; do
+    install -m 755 "$(programs_dir)/$program" "$ours/libexec/$program"
+  done
+  install -m 755 "$1/usr/sbin/criu" "$ours/libexec/criu"
+  cp -L "$1"/usr/lib/*/libcriu.so.2 "$ours/lib/"
+  # The dynamic loader tells what it would load; its own name differs by architecture.
+  for loader in "$1"/usr/lib{64,}/ld-linux-*.so.*; do
+    [[ ! -e $loader ]] || break
+  done
+  libraries=$(for file in "$ours"/libexec/* "$ours"/lib/*; do
+    chroot "$1" "${loader#"$1"}" --list "${file#"$1"}" || exit
+  done) || die "cannot tell the libraries of the programs in the image"
+  while read -r file; do
+    cp -Lf "$1$file" "$ours/lib/"
+  done < <(grep -o ' => /[^ ]*' <<<"$libraries" | cut -d ' ' -f 3 | sort -u)
+  cp -L "$loader" "$ours/lib/ld.so"
+  (cd "$ours" && find . -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -c 1-12 >version)
+}
+
+chart_version() { sed -n 's/^appVersion: *//p' "$REPO_DIR/install/helm/sterna/Chart.yaml"; }
+
 # unpack ROOT PACKAGE...: the files of the packages and of what they depend on. No
 # maintainer script runs: what those would have made is made by the image's function.
 unpack() {
@@ -201,6 +251,15 @@ image_path() {
     printf '%s\n' "$IMAGE_SUITE" "${SLIM_OPTIONS[@]}"
     cat "$LIB_DIR/oci.py"
     [[ $1 != coredns ]] || programs_path coredns
+    case $1 in
+      controller) chart_version && sha256sum <"$(programs_dir)/sterna-controller" ;;
+      sternad)
+        chart_version && cat "$REPO_DIR/install/kubernetes/on-node"
+        for file in containerd-shim-sterna-v1 sternad sterna; do
+          sha256sum <"$(programs_dir)/$file"
+        done
+        ;;
+    esac
     for file in "$LIB_DIR"/images/*; do
       [[ $(declare -f "image_$1") != *"${file##*/}"* ]] || cat "$file"
     done
