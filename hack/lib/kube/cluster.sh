@@ -58,6 +58,19 @@ control_up() {
   done
 }
 
+# node_bare NODE: as one that never heard of Sterna.
+node_bare() {
+  require_node "$1"
+  [[ -L /proc/$NODE_PID/root/usr/local/bin/sternad ]] || return 0
+  # shellcheck disable=SC2016 # the last line of the file, not a variable
+  node_run "$1" sh -euc '
+    umount /opt/sterna/bin /var/lib/sterna
+    rm -r /opt/sterna /etc/sterna /var/lib/sterna
+    rm /usr/local/bin/containerd-shim-sterna-v1 /usr/local/bin/sternad /usr/local/bin/sterna
+    sed -i "/runtimes\.sterna\]/,\$d" /etc/containerd/config.toml
+    node-service restart containerd'
+}
+
 # node_join NODE: what makes a node one of the cluster.
 node_join() {
   local node=$1 ours image service

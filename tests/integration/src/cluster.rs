@@ -38,6 +38,11 @@ impl<'a> Cluster<'a> {
         command.run_with(input.as_bytes())
     }
 
+    /// `helm`, as the administrator; paths are the repository's.
+    pub fn helm(&self, words: &[&str]) -> Output {
+        self.lab.hack("kube").args(&["helm"]).args(words).run()
+    }
+
     /// Starts `kubectl` and lets it run.
     pub fn spawn(&self, words: &[&str]) -> Background {
         let command = self.lab.hack("kube").args(&["kubectl"]).args(words);
@@ -54,8 +59,108 @@ impl<'a> Cluster<'a> {
 
     /// Brings images of `hack/images` to all nodes.
     pub fn import(&self, images: &[&str]) {
-        let command = self.lab.hack("kube").args(&["images", "import"]);
-        command.args(images).run().success();
+        self.lab.import_on_all(images);
+    }
+
+    /// Runs Sterna in it: sternad on all nodes, and the controller.
+    pub fn sterna(&self) {
+        self.lab.hack("kube").args(&["sterna"]).run().success();
+    }
+
+    /// Makes the objects of a manifest.
+    #[must_use = "the objects go with it"]
+    pub fn apply(self, manifest: &str) -> Objects<'a> {
+        let made = self.kubectl_with(&["apply", "-o", "name", "-f", "-"], manifest);
+        let names = made.success().lines().map(str::to_owned).collect();
+        Objects {
+            cluster: self,
+            names,
+        }
+    }
+
+    /// Makes an object with `kubectl`, otherwise than from a manifest.
+    #[must_use = "the object goes with it"]
+    pub fn made(self, words: &[&str], name: &str) -> Objects<'a> {
+        self.kubectl(words).success();
+        Objects {
+            cluster: self,
+            names: vec![name.to_owned()],
+        }
+    }
+
+    /// Waits until all replicas of an object are there and ready.
+    #[track_caller]
+    pub fn rolled_out(&self, object: &str) {
+        self.kubectl(&["rollout", "status", object, "--timeout=120s"])
+            .success();
+    }
+
+    /// Drains a node as its administrator would, and takes it into use again.
+    #[track_caller]
+    pub fn drain(&self, node: &str) {
+        let words = [
+            "drain",
+            node,
+            "--ignore-daemonsets",
+            "--delete-emptydir-data",
+            "--timeout=150s",
+        ];
+        let drained = self.kubectl(&words);
+        self.kubectl(&["uncordon", node]).success();
+        drained.success();
+    }
+
+    /// Waits until a pod is ready.
+    #[track_caller]
+    pub fn ready(&self, object: &str) {
+        self.kubectl(&["wait", "--for=condition=Ready", object, "--timeout=120s"])
+            .success();
+    }
+
+    /// The names of the pods of a selector that are ready and are to stay.
+    #[track_caller]
+    pub fn pods(&self, selector: &str) -> Vec<String> {
+        let selector = format!("-l{selector}");
+        let path = "jsonpath={range .items[*]}{.metadata.name} \
+            {.status.conditions[?(@.type=='Ready')].status} {.metadata.deletionTimestamp}{'\\n'}{end}";
+        let pods = self.kubectl(&["get", "pods", &selector, "-o", path]);
+        let lines = pods.success().lines();
+        lines
+            .filter_map(|line| {
+                let words: Vec<_> = line.split_whitespace().collect();
+                match words[..] {
+                    [name, "True"] => Some(name.to_owned()),
+                    _ => None,
+                }
+            })
+            .collect()
+    }
+
+    /// The name of one pod of a selector that is ready and is to stay, other than `not`.
+    #[track_caller]
+    pub fn pod_other_than(&self, selector: &str, not: &str) -> String {
+        eventually_within(PATIENCE, "the pod is ready", || {
+            let pods = self.pods(selector);
+            pods.into_iter().find(|name| name != not)
+        })
+    }
+
+    /// The Migration of a pod, once it is over.
+    #[track_caller]
+    pub fn migration_of(&self, pod: &str) -> String {
+        let path = "jsonpath={range .items[*]}{.metadata.name} {.spec.podName} {.status.phase}{'\\n'}{end}";
+        eventually_within(PATIENCE, "its Migration is over", || {
+            let all = self.kubectl(&["get", "migrations", "-o", path]);
+            all.success().lines().find_map(|line| {
+                let words: Vec<_> = line.split_whitespace().collect();
+                match words[..] {
+                    [name, of, "Succeeded" | "Failed" | "Cancelled"] if of == pod => {
+                        Some(format!("migration/{name}"))
+                    }
+                    _ => None,
+                }
+            })
+        })
     }
 
     /// Runs a pod of one container to its end, on the node, and returns what it said.
@@ -120,21 +225,8 @@ impl Deployment<'_> {
     /// The name of the one pod that runs, is ready and is to stay, other than `not`.
     #[track_caller]
     pub fn pod_other_than(&self, not: &str) -> String {
-        let selector = format!("-lapp={}", self.name);
-        let path = "jsonpath={range .items[*]}{.metadata.name} \
-            {.status.conditions[?(@.type=='Ready')].status} {.metadata.deletionTimestamp}{'\\n'}{end}";
-        eventually_within(PATIENCE, "the pod is ready", || {
-            let pods = self
-                .cluster
-                .kubectl(&["get", "pods", &selector, "-o", path]);
-            pods.success().lines().find_map(|line| {
-                let words: Vec<_> = line.split_whitespace().collect();
-                match words[..] {
-                    [name, "True"] if name != not => Some(name.to_owned()),
-                    _ => None,
-                }
-            })
-        })
+        self.cluster
+            .pod_other_than(&format!("app={}", self.name), not)
     }
 
     /// The pod, once it is ready.
@@ -151,6 +243,31 @@ impl Drop for Deployment<'_> {
             format!("service/{}", self.name),
         ];
         let words = ["delete", &objects[0], &objects[1], "--wait=false"];
+        // The cluster goes with its nodes: what is left is of no harm.
+        drop(self.cluster.kubectl(&words));
+    }
+}
+
+/// Objects that go with this value.
+#[derive(Debug)]
+pub struct Objects<'a> {
+    cluster: Cluster<'a>,
+    names: Vec<String>,
+}
+
+impl Objects<'_> {
+    /// Each as KIND/NAME.
+    #[must_use]
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+}
+
+impl Drop for Objects<'_> {
+    fn drop(&mut self) {
+        let names = self.names.iter().map(String::as_str);
+        let words = ["delete", "--wait=false", "--ignore-not-found"];
+        let words: Vec<&str> = words.into_iter().chain(names).collect();
         // The cluster goes with its nodes: what is left is of no harm.
         drop(self.cluster.kubectl(&words));
     }

@@ -134,12 +134,19 @@ impl Lab {
     /// Boots a Kubernetes cluster of so many nodes, with our runtime, if this
     /// machine can have one.
     pub fn cluster_up(&mut self, nodes: usize) {
+        let up = self.hack("kube").args(&["up", "--bin"]).arg(&self.bin);
+        self.boot_cluster(nodes, up);
+    }
+
+    /// The same on nodes that never heard of Sterna.
+    pub fn bare_cluster_up(&mut self, nodes: usize) {
+        let up = self.hack("kube").args(&["up", "--bare"]);
+        self.boot_cluster(nodes, up);
+    }
+
+    fn boot_cluster(&mut self, nodes: usize, up: Hack) {
         let count = nodes.to_string();
-        let up = self
-            .hack("kube")
-            .args(&["up", "--nodes", &count, "--bin"])
-            .arg(&self.bin)
-            .run_within(COMPILING);
+        let up = up.args(&["--nodes", &count]).run_within(COMPILING);
         if up.code() == UNAVAILABLE {
             let reason = up.stderr.lines().last().unwrap_or_default();
             self.no_cluster = Some(format!("no Kubernetes cluster here: {reason}"));
@@ -161,6 +168,13 @@ impl Lab {
             return None;
         }
         Some(Cluster::new(self))
+    }
+
+    pub(crate) fn import_on_all(&self, images: &[&str]) {
+        let mut hack = self.hack("kube").args(&["images", "import"]).args(images);
+        // Those of the chart are made of the programs that are tested.
+        hack.0.env("STERNA_PROGRAMS", &self.bin);
+        hack.run().success();
     }
 
     /// Makes the nodes trust each other and starts sternad on them.
@@ -243,7 +257,9 @@ pub(crate) struct Hack(Command);
 
 pub(crate) fn hack(lab: u8, script: &str) -> Hack {
     let mut command = Command::new(repository().join("hack").join(script));
-    command.env("STERNA_LAB", lab.to_string());
+    command
+        .current_dir(repository())
+        .env("STERNA_LAB", lab.to_string());
     Hack(command)
 }
 

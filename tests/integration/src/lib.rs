@@ -21,11 +21,12 @@ mod migration;
 mod moment;
 mod node;
 mod output;
+mod published;
 mod replay;
 mod task_api;
 mod wait;
 
-pub use cluster::{Cluster, Deployment};
+pub use cluster::{Cluster, Deployment, Objects};
 pub use container::{Container, Running, STERNA, runtime};
 pub use cri::{Cri, Pod, PodContainer, RUNC_HANDLER, STERNA_HANDLER};
 pub use cri_api::{ContainerEvents, CriApi, Sandbox, SandboxContainer};
@@ -38,6 +39,7 @@ pub use migration::{Listed, Migration, Moved, listed, migrate, migrate_with, set
 pub use moment::{Moment, Victim};
 pub use node::{Background, Cgroup, Flavour, Node, SlowLink};
 pub use output::Output;
+pub use published::{Published, Writer};
 pub use replay::{StolenTicket, TicketThief};
 pub use task_api::TaskApi;
 pub use wait::{DEADLINE, eventually, eventually_within};

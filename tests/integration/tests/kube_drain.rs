@@ -1,0 +1,234 @@
+//! A pod that is drained from its node arrives on another with its memory; one that
+//! nobody wants any more, or that was deleted, does not.
+
+use std::time::Duration;
+
+use sterna_integration::{Cluster, Objects, Published, SharedLab, eventually, eventually_within};
+
+static LAB: SharedLab = SharedLab::new(12, |lab| {
+    lab.cluster_up(3);
+    if let Some(cluster) = lab.cluster() {
+        cluster.import(&["valkey", "busybox"]);
+        cluster.sterna();
+    }
+});
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn cluster() -> Option<Cluster<'static>> {
+    LAB.get()?.cluster()
+}
+
+fn home(cluster: Cluster<'_>, pod: &str) -> String {
+    cluster.field(&format!("pod/{pod}"), ".spec.nodeName")
+}
+
+#[test]
+fn architects_published_manifest_is_drained_and_answers_the_same_from_another_node() {
+    let Some(cluster) = cluster() else { return };
+    let published = Published::start(cluster);
+    let old = published.pod_other_than("");
+    let (from, client) = (home(cluster, &old), home(cluster, "client"));
+    published.fill();
+    let before = published.answers();
+    let mut writer = published.write();
+
+    cluster.drain(&from);
+    cluster.rolled_out("deployment/valkey");
+    let new = published.pod_other_than(&old);
+    assert_ne!(home(cluster, &new), from);
+    assert_ne!(home(cluster, &new), client);
+    assert_eq!(published.answers(), before);
+    writer.goes_on();
+    writer.lost_nothing(&published);
+
+    let migration = cluster.migration_of(&old);
+    assert_eq!(cluster.field(&migration, ".status.phase"), "Succeeded");
+    assert_eq!(cluster.field(&migration, ".status.targetPod.name"), new);
+    let condition = ".status.conditions[?(@.type=='sterna.dev/Migrated')].status";
+    let object = format!("pod/{new}");
+    eventually("the pod says that it was migrated", || {
+        (cluster.field(&object, condition) == "True").then_some(())
+    });
+    let label = r".metadata.labels.status\.architect\.loopholelabs\.io/valkey";
+    eventually("the pod says that its container runs", || {
+        (cluster.field(&object, label) == "RUNNING").then_some(())
+    });
+}
+
+/// A Deployment of Valkey whose memory follows it.
+fn caches(name: &str, replicas: u32) -> String {
+    format!(
+        r#"
+apiVersion: apps/v1
+kind: Deployment
+metadata: {{ name: {name} }}
+spec:
+  replicas: {replicas}
+  selector: {{ matchLabels: {{ app: {name} }} }}
+  template:
+    metadata:
+      labels: {{ app: {name} }}
+      annotations: {{ sterna.dev/managed-containers: '["cache"]' }}
+    spec:
+      runtimeClassName: sterna
+      terminationGracePeriodSeconds: 5
+      containers: [{{ name: cache, image: "valkey/valkey:9" }}]
+"#
+    )
+}
+
+/// What Valkey in a pod says.
+fn told(cluster: Cluster<'_>, pod: &str, words: &[&str]) -> String {
+    let words = [&["exec", pod, "--", "valkey-cli"], words].concat();
+    cluster.kubectl(&words).success().trim().to_owned()
+}
+
+/// Pods of a selector, all ready and none of `not`.
+fn others(cluster: Cluster<'_>, selector: &str, count: usize, not: &[String]) -> Vec<String> {
+    eventually_within(PATIENCE, "all pods are replaced and ready", || {
+        let pods = cluster.pods(selector);
+        let replaced = pods.iter().all(|pod| !not.contains(pod));
+        (pods.len() == count && replaced).then_some(pods)
+    })
+}
+
+/// Makes objects while only one node takes pods.
+fn made_on<'a>(cluster: Cluster<'a>, node: &str, manifest: &str) -> Objects<'a> {
+    let full = ["a", "b", "c"].into_iter().filter(|other| *other != node);
+    let full: Vec<&str> = full.collect();
+    cluster
+        .kubectl(&[&["cordon"], &full[..]].concat())
+        .success();
+    let objects = cluster.apply(manifest);
+    for object in objects.names() {
+        cluster.rolled_out(object);
+    }
+    cluster
+        .kubectl(&[&["uncordon"], &full[..]].concat())
+        .success();
+    objects
+}
+
+fn has_no_migration(cluster: Cluster<'_>, pod: &str) -> bool {
+    let path = "jsonpath={.items[*].spec.podName}";
+    let all = cluster.kubectl(&["get", "migrations", "-o", path]);
+    !all.success().split_whitespace().any(|name| name == pod)
+}
+
+#[test]
+fn three_replicas_that_are_drained_together_keep_each_its_own_memory() {
+    let Some(cluster) = cluster() else { return };
+    let _objects = made_on(cluster, "a", &caches("three", 3));
+    let old = others(cluster, "app=three", 3, &[]);
+    for pod in &old {
+        assert_eq!(home(cluster, pod), "a");
+        told(cluster, pod, &["set", "owner", pod]);
+    }
+    cluster.drain("a");
+    let new = others(cluster, "app=three", 3, &old);
+    let mut kept: Vec<String> = new
+        .iter()
+        .map(|pod| told(cluster, pod, &["get", "owner"]))
+        .collect();
+    kept.sort();
+    let mut expected = old.clone();
+    expected.sort();
+    assert_eq!(kept, expected);
+    for pod in &old {
+        let migration = cluster.migration_of(pod);
+        assert_eq!(cluster.field(&migration, ".status.phase"), "Succeeded");
+    }
+}
+
+#[test]
+fn a_pod_that_is_deleted_by_hand_is_replaced_by_an_empty_one() {
+    let Some(cluster) = cluster() else { return };
+    let _objects = cluster.apply(&caches("deleted", 1));
+    let old = cluster.pod_other_than("app=deleted", "");
+    told(cluster, &old, &["set", "key", "value"]);
+    cluster.kubectl(&["delete", "pod", &old]).success();
+    let new = cluster.pod_other_than("app=deleted", &old);
+    assert_eq!(told(cluster, &new, &["dbsize"]), "0");
+    assert!(has_no_migration(cluster, &old));
+}
+
+#[test]
+fn a_rollout_to_a_new_template_carries_no_memory_over() {
+    let Some(cluster) = cluster() else { return };
+    let _objects = cluster.apply(&caches("rolled", 1));
+    let old = cluster.pod_other_than("app=rolled", "");
+    told(cluster, &old, &["set", "key", "value"]);
+    cluster
+        .kubectl(&["set", "env", "deployment/rolled", "COLOUR=blue"])
+        .success();
+    cluster.rolled_out("deployment/rolled");
+    let new = cluster.pod_other_than("app=rolled", &old);
+    assert_eq!(told(cluster, &new, &["dbsize"]), "0");
+    assert!(has_no_migration(cluster, &old));
+}
+
+#[test]
+fn what_was_scaled_down_is_forgotten() {
+    let Some(cluster) = cluster() else { return };
+    let _objects = cluster.apply(&caches("scaled", 1));
+    let old = cluster.pod_other_than("app=scaled", "");
+    told(cluster, &old, &["set", "key", "value"]);
+    for replicas in ["--replicas=0", "--replicas=1"] {
+        cluster
+            .kubectl(&["scale", "deployment/scaled", replicas])
+            .success();
+    }
+    let new = cluster.pod_other_than("app=scaled", &old);
+    assert_eq!(told(cluster, &new, &["dbsize"]), "0");
+    assert!(has_no_migration(cluster, &old));
+}
+
+#[test]
+fn a_job_that_is_drained_goes_on_counting_and_completes() {
+    let Some(cluster) = cluster() else { return };
+    let job = r#"
+apiVersion: batch/v1
+kind: Job
+metadata: { name: count }
+spec:
+  template:
+    metadata:
+      labels: { app: count }
+      annotations: { sterna.dev/managed-containers: '["count"]' }
+    spec:
+      runtimeClassName: sterna
+      restartPolicy: Never
+      terminationGracePeriodSeconds: 5
+      containers:
+        - name: count
+          image: busybox:1
+          command: [sh, -c, 'i=0; until [ -e /enough ]; do i=$((i+1)); echo $i; sleep 0.05; done']
+"#;
+    let _objects = cluster.apply(job);
+    let old = cluster.pod_other_than("app=count", "");
+    let numbers = |pod: &str| -> Vec<u64> {
+        let said = cluster.kubectl(&["logs", pod]);
+        let lines = said.stdout.lines();
+        lines.filter_map(|line| line.parse().ok()).collect()
+    };
+    eventually_within(PATIENCE, "it counts", || {
+        (numbers(&old).len() > 20).then_some(())
+    });
+    let counted = numbers(&old).len() as u64;
+    cluster.drain(&home(cluster, &old));
+    let new = cluster.pod_other_than("app=count", &old);
+    let first = eventually_within(PATIENCE, "it counts again", || {
+        numbers(&new).first().copied()
+    });
+    assert!(first > counted, "it begins with {first} after {counted}");
+    cluster
+        .kubectl(&["exec", &new, "--", "touch", "/enough"])
+        .success();
+    eventually_within(PATIENCE, "the Job is complete", || {
+        (cluster.field("job/count", ".status.succeeded") == "1").then_some(())
+    });
+    let all = numbers(&new);
+    let expected: Vec<u64> = (first..first + all.len() as u64).collect();
+    assert_eq!(all, expected);
+}
