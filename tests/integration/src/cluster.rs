@@ -1,5 +1,6 @@
 //! A Kubernetes cluster on a lab's nodes, and workloads in it.
 
+use std::process::Command;
 use std::time::Duration;
 
 use crate::lab::Lab;
@@ -19,6 +20,11 @@ pub struct Cluster<'a> {
 impl<'a> Cluster<'a> {
     pub(crate) fn new(lab: &'a Lab) -> Self {
         Self { lab }
+    }
+
+    /// The node with the control plane.
+    pub fn control(&self) -> Node {
+        self.lab.control()
     }
 
     /// One of its nodes, by name.
@@ -41,6 +47,15 @@ impl<'a> Cluster<'a> {
     /// `helm`, as the administrator; paths are the repository's.
     pub fn helm(&self, words: &[&str]) -> Output {
         self.lab.hack("kube").args(&["helm"]).args(words).run()
+    }
+
+    /// `kubectl sterna`, as the administrator.
+    pub fn kubectl_sterna(&self, words: &[&str]) -> Output {
+        let config = self.lab.hack("kube").args(&["kubeconfig"]).run();
+        let mut command = Command::new(self.lab.program("kubectl-sterna"));
+        command.args(words);
+        command.env("KUBECONFIG", config.success().trim());
+        Output::of(&mut command, b"")
     }
 
     /// Starts `kubectl` and lets it run.

@@ -247,6 +247,12 @@ impl Lab {
         self.bin.join(name)
     }
 
+    /// The node with a cluster's control plane.
+    pub(crate) fn control(&self) -> Node {
+        let cgroup = Cgroup::of_machine();
+        Node::new(self.number, "control", Flavour::Forky, cgroup)
+    }
+
     pub(crate) fn hack(&self, script: &str) -> Hack {
         hack(self.number, script)
     }

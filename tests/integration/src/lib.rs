@@ -8,6 +8,7 @@
 //! Nothing here asserts how long something takes: deadlines only keep a broken
 //! test from hanging.
 
+mod caches;
 mod cluster;
 mod container;
 mod cri;
@@ -26,6 +27,7 @@ mod replay;
 mod task_api;
 mod wait;
 
+pub use caches::Caches;
 pub use cluster::{Cluster, Deployment, Objects};
 pub use container::{Container, Running, STERNA, runtime};
 pub use cri::{Cri, Pod, PodContainer, RUNC_HANDLER, STERNA_HANDLER};

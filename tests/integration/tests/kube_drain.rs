@@ -1,9 +1,10 @@
 //! A pod that is drained from its node arrives on another with its memory; one that
 //! nobody wants any more, or that was deleted, does not.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use sterna_integration::{Cluster, Objects, Published, SharedLab, eventually, eventually_within};
+use sterna_integration::{Caches, Cluster, Published, SharedLab, eventually, eventually_within};
 
 static LAB: SharedLab = SharedLab::new(12, |lab| {
     lab.cluster_up(3);
@@ -56,60 +57,6 @@ fn architects_published_manifest_is_drained_and_answers_the_same_from_another_no
     });
 }
 
-/// A Deployment of Valkey whose memory follows it.
-fn caches(name: &str, replicas: u32) -> String {
-    format!(
-        r#"
-apiVersion: apps/v1
-kind: Deployment
-metadata: {{ name: {name} }}
-spec:
-  replicas: {replicas}
-  selector: {{ matchLabels: {{ app: {name} }} }}
-  template:
-    metadata:
-      labels: {{ app: {name} }}
-      annotations: {{ sterna.dev/managed-containers: '["cache"]' }}
-    spec:
-      runtimeClassName: sterna
-      terminationGracePeriodSeconds: 5
-      containers: [{{ name: cache, image: "valkey/valkey:9" }}]
-"#
-    )
-}
-
-/// What Valkey in a pod says.
-fn told(cluster: Cluster<'_>, pod: &str, words: &[&str]) -> String {
-    let words = [&["exec", pod, "--", "valkey-cli"], words].concat();
-    cluster.kubectl(&words).success().trim().to_owned()
-}
-
-/// Pods of a selector, all ready and none of `not`.
-fn others(cluster: Cluster<'_>, selector: &str, count: usize, not: &[String]) -> Vec<String> {
-    eventually_within(PATIENCE, "all pods are replaced and ready", || {
-        let pods = cluster.pods(selector);
-        let replaced = pods.iter().all(|pod| !not.contains(pod));
-        (pods.len() == count && replaced).then_some(pods)
-    })
-}
-
-/// Makes objects while only one node takes pods.
-fn made_on<'a>(cluster: Cluster<'a>, node: &str, manifest: &str) -> Objects<'a> {
-    let full = ["a", "b", "c"].into_iter().filter(|other| *other != node);
-    let full: Vec<&str> = full.collect();
-    cluster
-        .kubectl(&[&["cordon"], &full[..]].concat())
-        .success();
-    let objects = cluster.apply(manifest);
-    for object in objects.names() {
-        cluster.rolled_out(object);
-    }
-    cluster
-        .kubectl(&[&["uncordon"], &full[..]].concat())
-        .success();
-    objects
-}
-
 fn has_no_migration(cluster: Cluster<'_>, pod: &str) -> bool {
     let path = "jsonpath={.items[*].spec.podName}";
     let all = cluster.kubectl(&["get", "migrations", "-o", path]);
@@ -119,22 +66,17 @@ fn has_no_migration(cluster: Cluster<'_>, pod: &str) -> bool {
 #[test]
 fn three_replicas_that_are_drained_together_keep_each_its_own_memory() {
     let Some(cluster) = cluster() else { return };
-    let _objects = made_on(cluster, "a", &caches("three", 3));
-    let old = others(cluster, "app=three", 3, &[]);
+    let caches = Caches::start_on(cluster, "a", "three", 3);
+    let old = caches.pods_other_than(3, &[]);
     for pod in &old {
         assert_eq!(home(cluster, pod), "a");
-        told(cluster, pod, &["set", "owner", pod]);
+        caches.ask(pod, &["set", "owner", pod]);
     }
     cluster.drain("a");
-    let new = others(cluster, "app=three", 3, &old);
-    let mut kept: Vec<String> = new
-        .iter()
-        .map(|pod| told(cluster, pod, &["get", "owner"]))
-        .collect();
-    kept.sort();
-    let mut expected = old.clone();
-    expected.sort();
-    assert_eq!(kept, expected);
+    let new = caches.pods_other_than(3, &old);
+    let kept = new.iter().map(|pod| caches.ask(pod, &["get", "owner"]));
+    let kept: BTreeSet<String> = kept.collect();
+    assert_eq!(kept, BTreeSet::from_iter(old.clone()));
     for pod in &old {
         let migration = cluster.migration_of(pod);
         assert_eq!(cluster.field(&migration, ".status.phase"), "Succeeded");
@@ -144,43 +86,41 @@ fn three_replicas_that_are_drained_together_keep_each_its_own_memory() {
 #[test]
 fn a_pod_that_is_deleted_by_hand_is_replaced_by_an_empty_one() {
     let Some(cluster) = cluster() else { return };
-    let _objects = cluster.apply(&caches("deleted", 1));
-    let old = cluster.pod_other_than("app=deleted", "");
-    told(cluster, &old, &["set", "key", "value"]);
+    let caches = Caches::start(cluster, "deleted", 1);
+    let old = caches.pod_other_than("");
+    caches.ask(&old, &["set", "key", "value"]);
     cluster.kubectl(&["delete", "pod", &old]).success();
-    let new = cluster.pod_other_than("app=deleted", &old);
-    assert_eq!(told(cluster, &new, &["dbsize"]), "0");
+    let new = caches.pod_other_than(&old);
+    assert_eq!(caches.ask(&new, &["dbsize"]), "0");
     assert!(has_no_migration(cluster, &old));
 }
 
 #[test]
 fn a_rollout_to_a_new_template_carries_no_memory_over() {
     let Some(cluster) = cluster() else { return };
-    let _objects = cluster.apply(&caches("rolled", 1));
-    let old = cluster.pod_other_than("app=rolled", "");
-    told(cluster, &old, &["set", "key", "value"]);
-    cluster
-        .kubectl(&["set", "env", "deployment/rolled", "COLOUR=blue"])
-        .success();
+    let caches = Caches::start(cluster, "rolled", 1);
+    let old = caches.pod_other_than("");
+    caches.ask(&old, &["set", "key", "value"]);
+    let change = ["set", "env", "deployment/rolled", "COLOUR=blue"];
+    cluster.kubectl(&change).success();
     cluster.rolled_out("deployment/rolled");
-    let new = cluster.pod_other_than("app=rolled", &old);
-    assert_eq!(told(cluster, &new, &["dbsize"]), "0");
+    let new = caches.pod_other_than(&old);
+    assert_eq!(caches.ask(&new, &["dbsize"]), "0");
     assert!(has_no_migration(cluster, &old));
 }
 
 #[test]
 fn what_was_scaled_down_is_forgotten() {
     let Some(cluster) = cluster() else { return };
-    let _objects = cluster.apply(&caches("scaled", 1));
-    let old = cluster.pod_other_than("app=scaled", "");
-    told(cluster, &old, &["set", "key", "value"]);
+    let caches = Caches::start(cluster, "scaled", 1);
+    let old = caches.pod_other_than("");
+    caches.ask(&old, &["set", "key", "value"]);
     for replicas in ["--replicas=0", "--replicas=1"] {
-        cluster
-            .kubectl(&["scale", "deployment/scaled", replicas])
-            .success();
+        let scale = ["scale", "deployment/scaled", replicas];
+        cluster.kubectl(&scale).success();
     }
-    let new = cluster.pod_other_than("app=scaled", &old);
-    assert_eq!(told(cluster, &new, &["dbsize"]), "0");
+    let new = caches.pod_other_than(&old);
+    assert_eq!(caches.ask(&new, &["dbsize"]), "0");
     assert!(has_no_migration(cluster, &old));
 }
 

@@ -1,0 +1,261 @@
+//! What goes wrong while a pod moves, and what is asked for that cannot be: nothing is
+//! lost, and nothing starts from nothing in silence.
+
+use std::time::Duration;
+
+use sterna_integration::{Background, Caches, Cluster, SharedLab, SlowLink, eventually_within};
+
+static LAB: SharedLab = SharedLab::new(14, |lab| {
+    lab.cluster_up(3);
+    if let Some(cluster) = lab.cluster() {
+        cluster.import(&["valkey"]);
+        cluster.sterna();
+    }
+});
+
+const PATIENCE: Duration = Duration::from_secs(150);
+
+/// On a link of this rate, so many megabytes take some seconds.
+const SLOW: &str = "100mbit";
+const MEGABYTES: u32 = 60;
+
+fn cluster() -> Option<Cluster<'static>> {
+    LAB.get()?.cluster()
+}
+
+fn home(cluster: Cluster<'_>, pod: &str) -> String {
+    cluster.field(&format!("pod/{pod}"), ".spec.nodeName")
+}
+
+/// A drain under way; the node is taken into use again when it is over.
+struct Drain<'a> {
+    cluster: Cluster<'a>,
+    node: String,
+    drain: Background,
+}
+
+impl<'a> Drain<'a> {
+    fn begin(cluster: Cluster<'a>, node: &str) -> Self {
+        let words = [
+            "drain",
+            node,
+            "--ignore-daemonsets",
+            "--delete-emptydir-data",
+        ];
+        Self {
+            cluster,
+            node: node.to_owned(),
+            drain: cluster.spawn(&words),
+        }
+    }
+
+    fn end(self) {
+        let ended = self.drain.end(PATIENCE);
+        self.cluster.kubectl(&["uncordon", &self.node]).success();
+        ended.success();
+    }
+}
+
+/// The name of the pod that is to have the state, once it is known.
+fn target(cluster: Cluster<'_>, pod: &str, not: &str) -> String {
+    let path = "jsonpath={range .items[*]}{.spec.podName} {.status.phase} {.status.targetPod.name} \
+        {.status.targetPod.node}{'\\n'}{end}";
+    eventually_within(PATIENCE, "a replacement is claimed and sent to", || {
+        let all = cluster.kubectl(&["get", "migrations", "-o", path]);
+        all.success().lines().find_map(|line| {
+            let words: Vec<_> = line.split_whitespace().collect();
+            match words[..] {
+                [of, "Transferring", target, _] if of == pod && target != not => {
+                    Some(target.to_owned())
+                }
+                _ => None,
+            }
+        })
+    })
+}
+
+/// A Valkey with something to carry, on a slow link.
+struct Heavy<'a> {
+    cluster: Cluster<'a>,
+    caches: Caches<'a>,
+    old: String,
+    from: String,
+    run_id: String,
+    _slow: Vec<SlowLink>,
+}
+
+impl<'a> Heavy<'a> {
+    fn start(cluster: Cluster<'a>, name: &str) -> Self {
+        let caches = Caches::start(cluster, name, 1);
+        let old = caches.pod_other_than("");
+        caches.fill(&old, MEGABYTES);
+        let (from, run_id) = (home(cluster, &old), caches.run_id(&old));
+        // The other nodes' ends: what goes to them is slow.
+        let others = ["a", "b", "c"].into_iter().filter(|node| *node != from);
+        let slow = others.filter_map(|node| cluster.node(node).slow_link(SLOW));
+        Self {
+            _slow: slow.collect(),
+            cluster,
+            caches,
+            old,
+            from,
+            run_id,
+        }
+    }
+
+    /// It is the same process elsewhere.
+    fn has_arrived(&self) {
+        let new = self.caches.pod_other_than(&self.old);
+        assert_ne!(home(self.cluster, &new), self.from);
+        assert_eq!(self.caches.run_id(&new), self.run_id);
+        let migration = self.cluster.migration_of(&self.old);
+        assert_eq!(self.cluster.field(&migration, ".status.phase"), "Succeeded");
+    }
+}
+
+#[test]
+fn a_replacement_that_dies_while_memory_is_copied_is_given_up_for_another() {
+    let Some(cluster) = cluster() else { return };
+    let heavy = Heavy::start(cluster, "replaced");
+    let drain = Drain::begin(cluster, &heavy.from);
+    let first = target(cluster, &heavy.old, "");
+    let delete = ["delete", "pod", &first, "--wait=false"];
+    cluster.kubectl(&delete).success();
+    drain.end();
+    heavy.has_arrived();
+    let new = heavy.caches.pod_other_than(&heavy.old);
+    assert_ne!(new, first);
+}
+
+#[test]
+fn a_controller_that_dies_while_a_pod_leaves_goes_on_when_it_is_back() {
+    let Some(cluster) = cluster() else { return };
+    let heavy = Heavy::start(cluster, "headless");
+    let drain = Drain::begin(cluster, &heavy.from);
+    target(cluster, &heavy.old, "");
+    let control = cluster.control();
+    control.service("kill", "sterna-controller");
+    control.service("start", "sterna-controller");
+    drain.end();
+    heavy.has_arrived();
+}
+
+#[test]
+fn agents_that_are_restarted_while_memory_is_copied_lose_nothing() {
+    let Some(cluster) = cluster() else { return };
+    for (name, of_source) in [("source", true), ("destination", false)] {
+        let heavy = Heavy::start(cluster, name);
+        let drain = Drain::begin(cluster, &heavy.from);
+        let first = target(cluster, &heavy.old, "");
+        let node = match of_source {
+            true => heavy.from.clone(),
+            false => home(cluster, &first),
+        };
+        cluster.node(&node).service("restart", "sternad");
+        drain.end();
+        heavy.has_arrived();
+    }
+}
+
+#[test]
+fn without_a_controller_a_pod_that_should_have_had_a_state_does_not_start_in_silence() {
+    let Some(cluster) = cluster() else { return };
+    let caches = Caches::start(cluster, "orphan", 1);
+    let old = caches.pod_other_than("");
+    let control = cluster.control();
+    control.service("stop", "sterna-controller");
+    Drain::begin(cluster, &home(cluster, &old)).end();
+    let path = "jsonpath={.items[*].message}";
+    eventually_within(
+        PATIENCE,
+        "the replacement says why it does not start",
+        || {
+            let events = cluster.kubectl(&["get", "events", "-o", path]);
+            let said = "ended before it was decided who takes its state";
+            events.success().contains(said).then_some(())
+        },
+    );
+    assert!(cluster.pods("app=orphan").is_empty());
+    control.service("start", "sterna-controller");
+}
+
+#[test]
+fn kubectl_sterna_moves_a_pod_and_shows_it() {
+    let Some(cluster) = cluster() else { return };
+    let caches = Caches::start(cluster, "asked", 1);
+    let old = caches.pod_other_than("");
+    let (from, run_id) = (home(cluster, &old), caches.run_id(&old));
+    cluster.kubectl(&["cordon", &from]).success();
+    let moved = cluster.kubectl_sterna(&["migrate", &old]);
+    cluster.kubectl(&["uncordon", &from]).success();
+    assert!(moved.success().contains("Succeeded: freeze"), "{moved}");
+    let new = caches.pod_other_than(&old);
+    assert_eq!(caches.run_id(&new), run_id);
+    let listed = cluster.kubectl_sterna(&["list"]);
+    assert!(listed.success().contains(&old), "{listed}");
+    let migration = cluster.migration_of(&old).replace("migration/", "");
+    let described = cluster.kubectl_sterna(&["describe", &migration]);
+    assert!(described.success().contains(&new), "{described}");
+    let doctor = cluster.kubectl_sterna(&["doctor"]);
+    assert!(
+        doctor.success().contains("nothing is in the way"),
+        "{doctor}"
+    );
+
+    let from = home(cluster, &new);
+    let drained = cluster.kubectl_sterna(&["drain", &from]);
+    cluster.kubectl(&["uncordon", &from]).success();
+    assert!(
+        drained.success().contains("1 of 1 pods have moved"),
+        "{drained}"
+    );
+    let last = caches.pod_other_than(&new);
+    assert_eq!(caches.run_id(&last), run_id);
+}
+
+#[test]
+fn what_cannot_be_asked_for_is_refused_with_the_reason() {
+    let Some(cluster) = cluster() else { return };
+    let caches = Caches::start(cluster, "steady", 1);
+    let pod = caches.pod_other_than("");
+    let (node, run_id) = (home(cluster, &pod), caches.run_id(&pod));
+    let manifest = r#"{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "plain"},
+        "spec": {"containers": [{"name": "c", "image": "valkey/valkey:9"}]}}"#;
+    let _plain = cluster.apply(manifest);
+    for (words, reason) in [
+        (vec!["migrate", "plain"], "managed containers"),
+        (vec!["migrate", "nobody"], "managed containers"),
+        (vec!["migrate", &pod, "--to", &node], "already"),
+        (vec!["migrate", &pod, "--to", "nowhere"], "no such node"),
+    ] {
+        let refused = cluster.kubectl_sterna(&words);
+        let said = refused.failure();
+        assert!(
+            said.contains("Failed") && said.contains(reason),
+            "{refused}"
+        );
+    }
+    assert_eq!(caches.run_id(&pod), run_id);
+
+    let bad = r#"
+apiVersion: apps/v1
+kind: Deployment
+metadata: { name: bad }
+spec:
+  selector: { matchLabels: { app: bad } }
+  template:
+    metadata:
+      labels: { app: bad }
+      annotations: { sterna.dev/managed-containers: '["nobody"]' }
+    spec:
+      runtimeClassName: sterna
+      terminationGracePeriodSeconds: 0
+      containers: [{ name: cache, image: "valkey/valkey:9" }]
+"#;
+    let _bad = cluster.apply(bad);
+    let path = "jsonpath={.items[*].status.conditions[?(@.type=='sterna.dev/Migratable')].message}";
+    eventually_within(PATIENCE, "the pod says that it cannot be moved", || {
+        let said = cluster.kubectl(&["get", "pods", "-lapp=bad", "-o", path]);
+        said.success().contains(r#""nobody""#).then_some(())
+    });
+}
