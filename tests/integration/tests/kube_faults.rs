@@ -158,6 +158,88 @@ fn agents_that_are_restarted_while_memory_is_copied_lose_nothing() {
 }
 
 #[test]
+fn containerd_that_is_restarted_while_memory_is_copied_loses_nothing() {
+    let Some(cluster) = cluster() else { return };
+    for (name, of_source) in [("shim-source", true), ("shim-destination", false)] {
+        let heavy = Heavy::start(cluster, name);
+        let drain = Drain::begin(cluster, &heavy.from);
+        let first = target(cluster, &heavy.old, "");
+        let node = match of_source {
+            true => heavy.from.clone(),
+            false => home(cluster, &first),
+        };
+        cluster.node(&node).service("restart", "containerd");
+        drain.end();
+        heavy.has_arrived();
+    }
+}
+
+#[test]
+fn a_replacement_that_finds_no_node_at_first_is_waited_for_by_a_source_that_serves() {
+    let Some(cluster) = cluster() else { return };
+    let caches = Caches::start(cluster, "waited-for", 1);
+    let old = caches.pod_other_than("");
+    let (from, run_id) = (home(cluster, &old), caches.run_id(&old));
+    let others: Vec<&str> = ["a", "b", "c"]
+        .into_iter()
+        .filter(|node| *node != from)
+        .collect();
+    cluster
+        .kubectl(&[&["cordon"], &others[..]].concat())
+        .success();
+    let drain = Drain::begin(cluster, &from);
+    eventually_within(PATIENCE, "the replacement is claimed", || {
+        let path = "jsonpath={range .items[*]}{.spec.podName} {.status.phase}{'\\n'}{end}";
+        let all = cluster.kubectl(&["get", "migrations", "-o", path]);
+        all.success()
+            .contains(&format!("{old} Matched"))
+            .then_some(())
+    });
+    caches.ask(&old, &["set", "late", "write"]);
+    cluster
+        .kubectl(&[&["uncordon"], &others[..]].concat())
+        .success();
+    drain.end();
+    let new = caches.pod_other_than(&old);
+    assert_eq!(caches.run_id(&new), run_id);
+    assert_eq!(caches.ask(&new, &["get", "late"]), "write");
+}
+
+#[test]
+fn a_rollout_while_memory_is_copied_calls_the_move_off() {
+    let Some(cluster) = cluster() else { return };
+    let heavy = Heavy::start(cluster, "overtaken");
+    let drain = Drain::begin(cluster, &heavy.from);
+    let first = target(cluster, &heavy.old, "");
+    let change = ["set", "env", "deployment/overtaken", "COLOUR=blue"];
+    cluster.kubectl(&change).success();
+    drain.end();
+    cluster.rolled_out("deployment/overtaken");
+    let migration = cluster.migration_of(&heavy.old);
+    assert_eq!(cluster.field(&migration, ".status.phase"), "Cancelled");
+    let gone = [heavy.old.clone(), first];
+    let new = heavy.caches.pods_other_than(1, &gone).remove(0);
+    assert_eq!(heavy.caches.ask(&new, &["dbsize"]), "0");
+}
+
+#[test]
+fn a_scale_down_while_memory_is_copied_calls_the_move_off() {
+    let Some(cluster) = cluster() else { return };
+    let heavy = Heavy::start(cluster, "unwanted");
+    let drain = Drain::begin(cluster, &heavy.from);
+    target(cluster, &heavy.old, "");
+    let scale = ["scale", "deployment/unwanted", "--replicas=0"];
+    cluster.kubectl(&scale).success();
+    drain.end();
+    let migration = cluster.migration_of(&heavy.old);
+    assert_eq!(cluster.field(&migration, ".status.phase"), "Cancelled");
+    eventually_within(PATIENCE, "no pod is left", || {
+        let pods = cluster.kubectl(&["get", "pods", "-lapp=unwanted", "-o", "name"]);
+        pods.success().is_empty().then_some(())
+    });
+}
+
+#[test]
 fn without_a_controller_a_pod_that_should_have_had_a_state_does_not_start_in_silence() {
     let Some(cluster) = cluster() else { return };
     let caches = Caches::start(cluster, "orphan", 1);
