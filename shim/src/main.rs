@@ -42,6 +42,7 @@ mod options;
 mod pod;
 mod process;
 mod reaper;
+mod rest;
 mod restore;
 mod rootfs;
 #[cfg(test)]

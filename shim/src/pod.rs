@@ -12,6 +12,7 @@ use crate::create;
 use crate::error::{Error, Result};
 use crate::events::timestamp;
 use crate::reaper::Exit;
+use crate::rest::Rest;
 
 /// A container, or the promise of one.
 #[derive(Debug)]
@@ -26,6 +27,7 @@ enum Entry {
 pub(crate) struct Pod {
     pub(crate) context: Arc<Context>,
     containers: Mutex<HashMap<String, Entry>>,
+    rest: Rest,
 }
 
 impl Pod {
@@ -34,7 +36,13 @@ impl Pod {
         Self {
             context,
             containers: Mutex::default(),
+            rest: Rest::default(),
         }
+    }
+
+    /// For the server, which has it watched.
+    pub(crate) fn rest(&self) -> Rest {
+        self.rest.clone()
     }
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
@@ -46,6 +54,7 @@ impl Pod {
     /// Creates a container; answers the pid of its first process, or 0.
     pub(crate) async fn create(&self, request: CreateTaskRequest) -> Result<u32> {
         let id = request.id.clone();
+        self.rest.disturb();
         {
             let mut containers = self.containers();
             if containers.contains_key(&id) {
@@ -68,6 +77,7 @@ impl Pod {
 
     /// A container that is there.
     pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>> {
+        self.rest.disturb();
         match self.containers().get(id) {
             Some(Entry::There(container)) => Ok(Arc::clone(container)),
             Some(Entry::Coming) | None => Err(Error::NoContainer),

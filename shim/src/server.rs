@@ -111,6 +111,7 @@ async fn run(
         .register_service(service::services(&pod))
         .register_service(control::services(&pod));
     server.start().await.context("cannot serve")?;
+    tokio::spawn(pod.rest().watch());
     tracing::info!(pid = std::process::id(), id = invocation.id, "serving");
 
     wait_for_end(&pod).await?;

@@ -91,6 +91,52 @@ pub fn discard(memory: &mut [u8]) -> io::Result<()> {
     }
 }
 
+/// Gives back the pages of this program's own code and constants, as many as it has touched up to now. They stay in the
+/// page cache, as other processes of the program and the kernel see fit, and are mapped again when they are next used.
+///
+/// # Errors
+///
+/// Those of reading `/proc/self/maps` and of madvise(2).
+pub fn release_own_code() -> io::Result<()> {
+    let program = std::fs::read_link("/proc/self/exe")?;
+    let maps = std::fs::read_to_string("/proc/self/maps")?;
+    let own = maps
+        .lines()
+        .filter_map(|line| unchangeable(line, &program.to_string_lossy()));
+    for range in own {
+        // SAFETY: the range is one mapping of the file that this process executes, which is not unmapped as long as
+        // the process lives. It is private, not writable, and not of a segment that ever was (`unchangeable`), so
+        // that its pages are the file's, and the kernel maps the same bytes again at the next access, be it the
+        // return from this call.
+        let result = unsafe {
+            libc::madvise(
+                range.start as *mut libc::c_void,
+                range.len(),
+                libc::MADV_DONTNEED,
+            )
+        };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// The range of a line of `/proc/PID/maps` that is of the program's code, or of what lies in its file before that:
+/// headers and constants. What the loader has relocated and made read-only lies behind the code, and has changed.
+fn unchangeable(line: &str, program: &str) -> Option<Range<usize>> {
+    let mut fields = line.split_whitespace();
+    let (range, permissions, offset) = (fields.next()?, fields.next()?, fields.next()?);
+    let offset = u64::from_str_radix(offset, 16).ok()?;
+    let wanted = permissions == "r-xp" || (permissions == "r--p" && offset == 0);
+    if !wanted || !line.ends_with(&format!(" {program}")) {
+        return None;
+    }
+    let (start, end) = range.split_once('-')?;
+    let start = usize::from_str_radix(start, 16).ok()?;
+    Some(start..usize::from_str_radix(end, 16).ok()?)
+}
+
 /// The length of memory that is whole pages.
 fn whole_pages(memory: &[u8]) -> io::Result<usize> {
     /// The largest page size that Linux has on any machine we run on; multiples of it are whole pages on all of them.
@@ -105,6 +151,32 @@ fn whole_pages(memory: &[u8]) -> io::Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_program_goes_on_after_its_code_was_released() {
+        for _ in 0..3 {
+            release_own_code().unwrap();
+        }
+    }
+
+    #[test]
+    fn only_what_never_changes_is_released() {
+        let of = |line| unchangeable(line, "/bin/program");
+        let code = "1000-3000 r-xp 00001000 08:01 7    /bin/program";
+        assert_eq!(of(code), Some(0x1000..0x3000));
+        let headers = "1000-2000 r--p 00000000 08:01 7    /bin/program";
+        assert_eq!(of(headers), Some(0x1000..0x2000));
+        for other in [
+            "1000-2000 r--p 00002000 08:01 7    /bin/program",
+            "1000-2000 rw-p 00000000 08:01 7    /bin/program",
+            "1000-2000 rwxp 00001000 08:01 7    /bin/program",
+            "1000-2000 r-xp 00001000 08:01 7    /other/bin/program",
+            "1000-2000 r-xp 00000000 00:00 0    [vdso]",
+            "1000-2000 rw-p 00000000 00:00 0",
+        ] {
+            assert_eq!(of(other), None, "{other}");
+        }
+    }
 
     fn own_pid() -> i32 {
         i32::try_from(std::process::id()).unwrap()
