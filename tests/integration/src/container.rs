@@ -115,22 +115,22 @@ impl Container {
         node.spawn(&borrowed(&words))
     }
 
-    /// [`Container::run`] on a terminal; none where this machine cannot make one.
-    pub fn run_on_terminal(&self, node: &Node) -> Option<Output> {
-        on_terminal(node, &self.words(node, &["--rm", "--tty"]))
+    /// [`Container::run`] on a terminal.
+    pub fn run_on_terminal(&self, node: &Node) -> Output {
+        node.exec_on_terminal(&borrowed(&self.words(node, &["--rm", "--tty"])))
     }
 
-    /// Starts it detached, with a terminal that nobody looks at; none where this
-    /// machine cannot make one.
+    /// Starts it detached, with a terminal that nobody looks at.
     #[track_caller]
-    pub fn start_on_terminal<'lab>(&self, lab: &'lab Lab, node: &Node) -> Option<Running<'lab>> {
+    pub fn start_on_terminal<'lab>(&self, lab: &'lab Lab, node: &Node) -> Running<'lab> {
         let running = Running {
             lab,
             name: self.name.clone(),
             address: None,
         };
-        on_terminal(node, &self.words(node, &["--detach", "--tty"]))?.success();
-        Some(running)
+        let words = self.words(node, &["--detach", "--tty"]);
+        node.exec_on_terminal(&borrowed(&words)).success();
+        running
     }
 
     /// Starts it detached.
@@ -167,19 +167,6 @@ impl Container {
     }
 }
 
-/// Runs a command in a node on a terminal of this machine.
-fn on_terminal(node: &Node, words: &[String]) -> Option<Output> {
-    let line = quoted(&node.command_line(&borrowed(words)));
-    let mut script = std::process::Command::new("script");
-    script.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
-    script.env("STERNA_LAB", node.lab_number().to_string());
-    let available = std::process::Command::new("script")
-        .arg("--version")
-        .output()
-        .is_ok();
-    available.then(|| Output::of(&mut script, b""))
-}
-
 fn reference(image: &str) -> &'static str {
     match image {
         "valkey" => "docker.io/valkey/valkey:9",
@@ -194,12 +181,6 @@ fn reference(image: &str) -> &'static str {
 
 fn borrowed(words: &[String]) -> Vec<&str> {
     words.iter().map(String::as_str).collect()
-}
-
-/// For a shell.
-fn quoted(words: &[String]) -> String {
-    let quote = |word: &String| format!("'{}'", word.replace('\'', r"'\''"));
-    words.iter().map(quote).collect::<Vec<_>>().join(" ")
 }
 
 /// A container that runs somewhere in a lab. Removed, wherever it is, with this

@@ -101,21 +101,6 @@ impl Node {
             .command()
     }
 
-    /// What runs a command in the node, given that `STERNA_LAB` is set.
-    pub(crate) fn command_line(&self, words: &[&str]) -> Vec<String> {
-        let command = self.command(words);
-        let arguments = command
-            .get_args()
-            .map(|word| word.to_string_lossy().into_owned());
-        std::iter::once(command.get_program().to_string_lossy().into_owned())
-            .chain(arguments)
-            .collect()
-    }
-
-    pub(crate) fn lab_number(&self) -> u8 {
-        self.lab
-    }
-
     /// Runs a command in the node.
     pub fn exec(&self, words: &[&str]) -> Output {
         self.exec_with(words, b"")
@@ -124,6 +109,11 @@ impl Node {
     /// Runs a command in the node, with standard input.
     pub fn exec_with(&self, words: &[&str], input: &[u8]) -> Output {
         Output::of(&mut self.command(words), input)
+    }
+
+    /// Runs a command in the node, on a terminal of this machine.
+    pub fn exec_on_terminal(&self, words: &[&str]) -> Output {
+        Output::on_terminal(self.command(words))
     }
 
     /// Runs a shell script in the node; it ends with its first failure.

@@ -62,6 +62,46 @@ impl Output {
         output
     }
 
+    /// Runs a command to its end on a terminal; what it shows there is its standard output.
+    ///
+    /// The terminal controls no session: with a session's end goes what has not been read
+    /// from its terminal yet.
+    #[track_caller]
+    pub(crate) fn on_terminal(mut command: Command) -> Self {
+        let name = words(&command);
+        let pty = nix::pty::openpty(None, None).expect("this machine has terminals");
+        let end = || {
+            pty.slave
+                .try_clone()
+                .expect("a descriptor can be duplicated")
+        };
+        let mut child = command
+            .stdin(end())
+            .stdout(end())
+            .stderr(end())
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot run {name}: {error}"));
+        // What is shown ends when nobody has the terminal any more, and so do we not.
+        drop((command, pty.slave));
+        let shown = collect(Some(std::fs::File::from(pty.master)));
+        let status = wait(&mut child, PATIENCE);
+        if status.is_none() {
+            kill_all(&mut child);
+        }
+        let output = std::process::Output {
+            status: status.unwrap_or_default(),
+            stdout: shown.join().unwrap_or_default(),
+            stderr: Vec::new(),
+        };
+        let output = Self::new(name, output);
+        assert!(
+            status.is_some(),
+            "no end after {} s: {output}",
+            PATIENCE.as_secs()
+        );
+        output
+    }
+
     pub(crate) fn new(command: String, output: std::process::Output) -> Self {
         Self {
             command,
