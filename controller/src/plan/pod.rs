@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::Pod;
 use sterna_kube::annotations::{MIGRATION, STATUS_LABELS, STATUS_RUNNING};
 use sterna_kube::claim::has_started;
-use sterna_kube::{OnRestoreFailure, Phase, PodSettings, leaving};
+use sterna_kube::{OnRestoreFailure, Owner, Phase, PodSettings, leaving, owner};
 
 use super::{Action, View, phase, reference, refusal};
 
@@ -15,6 +16,9 @@ pub(crate) const MIGRATABLE: &str = "sterna.dev/Migratable";
 pub(crate) const MIGRATED: &str = "sterna.dev/Migrated";
 /// Reason of [`MIGRATED`] where a pod was allowed to start from nothing.
 pub(crate) const COLD_START: &str = "ColdStart";
+
+/// A pod that is made later than this is not the one that a lost state was for.
+const SOON: SignedDuration = SignedDuration::from_mins(10);
 
 pub(crate) fn tell(view: &View<'_>, pod: &Pod) -> Vec<Action> {
     if leaving::is_ending(pod) {
@@ -45,7 +49,46 @@ pub(crate) fn tell(view: &View<'_>, pod: &Pod) -> Vec<Action> {
         actions.push(event(pod, false, "AnnotationWithoutEffect", note));
     }
     actions.extend(migrated(view, pod, &settings));
+    actions.extend(came_too_late(view, pod, &settings));
     actions
+}
+
+/// Says it of a pod that started from nothing because the state that it could have
+/// had was lost before there was any pod to take it: one such pod for each that was
+/// lost, of those made soon after.
+fn came_too_late(view: &View<'_>, pod: &Pod, settings: &PodSettings) -> Vec<Action> {
+    let told = |pod: &Pod| condition_of(pod, MIGRATED).and_then(|told| told.message.clone());
+    let created = pod.metadata.creation_timestamp.as_ref().map(|time| time.0);
+    let (Some(owner), Some(created)) = (owner::controller(pod), created) else {
+        return Vec::new();
+    };
+    if told(pod).is_some() || !has_started(pod, &settings.managed) {
+        return Vec::new();
+    }
+    let identity = Owner::from_kind(&owner.kind).map(|kind| owner::identity(pod, kind));
+    let lost = view.migrations.iter().find_map(|migration| {
+        let status = migration.status.as_ref()?;
+        let over = status.finished_at.as_ref()?.0;
+        let name = migration.metadata.name.as_deref()?;
+        let nobody_took_it = status.phase == Phase::Failed
+            && status.target_pod.is_none()
+            // One that was refused had none to give.
+            && status.spec_hash.is_some()
+            && status.owner.as_ref() == Some(&owner)
+            && status.identity == identity;
+        let soon_after = over <= created && created < over + SOON;
+        let mut others = view.pods.iter().filter_map(|pod| told(pod));
+        let message = status.message.clone().unwrap_or_default();
+        let is_new = !others.any(|message| message.contains(name));
+        (nobody_took_it && soon_after && is_new).then(|| (name.to_owned(), message))
+    });
+    let Some((name, message)) = lost else {
+        return Vec::new();
+    };
+    let note = format!("started from nothing, as migration {name} had failed: {message}");
+    let told = condition(pod, MIGRATED, false, COLD_START, note.clone());
+    let event = event(pod, true, COLD_START, note);
+    told.into_iter().chain([event]).collect()
 }
 
 /// What came of the Migration that claimed a pod.

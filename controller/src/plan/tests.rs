@@ -563,3 +563,42 @@ fn a_pod_that_started_from_nothing_instead_says_so() {
     });
     assert_eq!(event, Some((COLD_START, true)));
 }
+
+#[test]
+fn a_pod_whose_owner_replaces_it_late_is_refused_at_once_and_not_held() {
+    let late = json!({"metadata": {"ownerReferences": [{"apiVersion": "apps/v1",
+        "kind": "StatefulSet", "name": "cart", "uid": "rs", "controller": true}]}});
+    let mut scene = Scene::evicted();
+    let mut leaving = serde_json::to_value(&*scene.pods[0]).unwrap();
+    merge(&mut leaving, late);
+    scene.pods[0] = Arc::new(serde_json::from_value(leaving).unwrap());
+    let mut fresh = migration(json!({}));
+    fresh.status = None;
+    let status = scene.and(fresh).next();
+    assert_eq!(status.phase, Phase::Failed);
+    assert!(status.message.unwrap().contains("only once it is gone"));
+}
+
+#[test]
+fn a_pod_that_came_too_late_for_a_state_that_is_lost_says_so_once() {
+    let lost = migration(json!({"phase": "Failed", "message": "its pod ended",
+        "finishedAt": BEFORE, "specHash": "x", "targetPod": null}));
+    let started = json!({"status": {"phase": "Running", "containerStatuses": [
+        {"name": "cache", "ready": true, "restartCount": 0, "image": "", "imageID": "",
+            "state": {"running": {}}}]}});
+    let mut scene = Scene::new().and(lost).with(pod("r", NOW, started));
+    let said = |scene: &Scene| {
+        let all = scene.all();
+        let cold = |action: &&Action| matches!(action, Action::Event { reason, .. } if *reason == COLD_START);
+        all.iter().filter(cold).count()
+    };
+    assert_eq!(said(&scene), 0, "an hour later it is another matter");
+    let created = "2026-01-01T00:05:00Z";
+    let started = serde_json::to_value(&*scene.pods.pop().unwrap()).unwrap();
+    scene = scene.with(pod(
+        "r",
+        created,
+        json!({"status": started["status"].clone()}),
+    ));
+    assert_eq!(said(&scene), 1);
+}

@@ -172,3 +172,40 @@ spec:
     let expected: Vec<u64> = (first..first + all.len() as u64).collect();
     assert_eq!(all, expected);
 }
+
+#[test]
+fn a_stateful_sets_pod_is_drained_as_without_us_and_says_so_beforehand() {
+    let Some(cluster) = cluster() else { return };
+    let set = r#"
+apiVersion: apps/v1
+kind: StatefulSet
+metadata: { name: ordered }
+spec:
+  serviceName: ordered
+  selector: { matchLabels: { app: ordered } }
+  template:
+    metadata:
+      labels: { app: ordered }
+      annotations: { sterna.dev/managed-containers: '["cache"]' }
+    spec:
+      runtimeClassName: sterna
+      terminationGracePeriodSeconds: 5
+      containers: [{ name: cache, image: "valkey/valkey:9" }]
+"#;
+    let _objects = cluster.apply(set);
+    cluster.rolled_out("statefulset/ordered");
+    let migratable = |field: &str| {
+        let path = format!(".status.conditions[?(@.type=='sterna.dev/Migratable')].{field}");
+        cluster.field("pod/ordered-0", &path)
+    };
+    eventually("the pod says that it cannot be moved", || {
+        (migratable("reason") == "ReplacedTooLate").then_some(())
+    });
+    let uid = cluster.field("pod/ordered-0", ".metadata.uid");
+    // Its signal is not held.
+    cluster.drain(&home(cluster, "ordered-0"));
+    let migration = cluster.migration_of("ordered-0");
+    assert_eq!(cluster.field(&migration, ".status.phase"), "Failed");
+    cluster.rolled_out("statefulset/ordered");
+    assert_ne!(cluster.field("pod/ordered-0", ".metadata.uid"), uid);
+}
