@@ -28,6 +28,11 @@ impl Moment {
         Self::new("dump", source, "run/sterna/staging", "img")
     }
 
+    /// CRIU dumps into a directory of the node.
+    pub fn of_dump_into(node: &Node, directory: &str) -> Self {
+        Self::new("dump", node, directory.trim_start_matches('/'), "img")
+    }
+
     /// The source's commit record is on disk; the word has not been sent yet.
     pub fn of_commit(source: &Node) -> Self {
         Self::new("commit", source, "run/sterna/commits", "json")
@@ -116,10 +121,16 @@ impl Victim {
         self.signal(Signal::SIGKILL);
     }
 
-    /// Has it stand still, for good: until then it is as slow as it takes.
+    /// Has it stand still: it is as slow as it takes.
     #[track_caller]
     pub fn stop(&self) {
         self.signal(Signal::SIGSTOP);
+    }
+
+    /// Has it go on after a stop.
+    #[track_caller]
+    pub fn go_on(&self) {
+        self.signal(Signal::SIGCONT);
     }
 
     #[track_caller]

@@ -3,7 +3,8 @@
 //! own, and from the one to the other.
 
 use sterna_integration::{
-    Cgroup, Container, DEADLINE, Flavour, Lab, Node, Running, STERNA, SharedLab, eventually,
+    Cgroup, Container, DEADLINE, Flavour, Lab, Moment, Node, Running, STERNA, SharedLab, Victim,
+    eventually,
 };
 
 const RUNC: &str = "io.containerd.runc.v2";
@@ -299,11 +300,11 @@ fn a_restart_of_containerd_in_the_middle_of_a_checkpoint_does_not_tear_it() {
         "/tmp/torn",
         "torn",
     ];
+    let dump = Moment::of_dump_into(node, "/tmp/torn");
     let asking = node.spawn(&words);
-    let pages = node.root().join("tmp/torn/pages-1.img");
-    eventually("CRIU writes pages", || {
-        (std::fs::metadata(&pages).ok()?.len() > 0).then_some(())
-    });
+    dump.wait();
+    let criu = Victim::find(node, &["criu: dump"]);
+    criu.stop();
     assert!(
         !node.holds("test -e /tmp/torn/inventory.img"),
         "the dump was too quick"
@@ -313,6 +314,7 @@ fn a_restart_of_containerd_in_the_middle_of_a_checkpoint_does_not_tear_it() {
     asking.end(DEADLINE).failure();
     // Who asked has paused it, and was not there any more to resume it.
     assert_eq!(container.status(node).as_deref(), Some("PAUSED"));
+    criu.go_on();
     eventually("the dump is complete", || {
         node.holds("test -s /tmp/torn/inventory.img").then_some(())
     });

@@ -176,7 +176,8 @@ under_every_handler!(what_is_written_while_containerd_is_away_is_in_the_log_afte
     for how in ["stop", "kill"] {
         let container = pod.start(&format!("main-{how}"), script);
         eventually("it is ready", || (container.output() == "ready\n").then_some(()));
-        let pid = api.node().processes(&["until test -e /go"]).into_iter().max();
+        // The first is the shell; what it forks looks like it until it is something else.
+        let pid = api.node().processes(&["until test -e /go"]).into_iter().min();
         let root = format!("/proc/{}/root", pid.expect("it runs"));
         api.node().service(how, "containerd");
         api.node().exec(&["touch", &format!("{root}/go")]).success();
