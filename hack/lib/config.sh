@@ -14,7 +14,7 @@ write_config() {
   hosts_file >"$etc/hosts"
   containerd_config "$flavour" >"$etc/containerd/config.toml"
   cni_config "$slot" >"$etc/cni/net.d/10-sterna.conflist"
-  install -m 755 "$LIB_DIR/node-service" "$1/usr/local/sbin/node-service"
+  install -m 755 "$LIB_DIR/node-service" "$LIB_DIR/systemctl" "$1/usr/local/sbin/"
 }
 
 # containerd 1.7 has one CRI plugin and version 2 of the file, 2.x has it split in

@@ -12,6 +12,10 @@ sterna_up() {
   local node
   local -a names
   mapfile -t names < <(cluster_nodes)
+  for node in $CONTROL "${names[@]}"; do
+    node_run "$node" test -x /opt/sterna/bin/sternad ||
+      die "node $node has no programs of Sterna's: hack/kube up --bin target/release"
+  done
   sterna_objects
   for node in "${names[@]}"; do
     account "$node" sternad

@@ -140,7 +140,7 @@ impl Lab {
 
     /// The same on nodes that never heard of Sterna.
     pub fn bare_cluster_up(&mut self, nodes: usize) {
-        let up = self.hack("kube").args(&["up", "--bare"]);
+        let up = self.hack("kube").args(&["up"]);
         self.boot_cluster(nodes, up);
     }
 

@@ -24,14 +24,8 @@ const INVENTORY: &str = "find / -xdev \
 
 fn helm(cluster: Cluster<'_>, words: &[&str]) -> sterna_integration::Output {
     let chart = ["install/helm/sterna", "--namespace", "sterna-system"];
-    // The nodes have no systemd.
-    let values = [
-        "--set",
-        "sternad.containerd.restartCommand=node-service restart containerd",
-        "--wait",
-        "--timeout=150s",
-    ];
-    cluster.helm(&[words, &["sterna"], &chart, &values].concat())
+    let patience = ["--wait", "--timeout=150s"];
+    cluster.helm(&[words, &["sterna"], &chart, &patience].concat())
 }
 
 fn labelled(cluster: Cluster<'_>) -> usize {
