@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const INVENTORY: &str = "find / -xdev \
     \\( -path /var/log -o -path /tmp -o -path /proc -o -path /sys -o -path /run \
         -o -path /var/lib/kubelet -o -path /var/lib/containerd -o -path /var/lib/cni \\) -prune \
-    -o -print | sort; ls -d /run/sterna 2>/dev/null; cat /etc/containerd/config.toml";
+    -o -print | sort; ls -d /run/sterna 2>/dev/null || true; cat /etc/containerd/config.toml";
 
 fn helm(cluster: Cluster<'_>, words: &[&str]) -> sterna_integration::Output {
     let chart = ["install/helm/sterna", "--namespace", "sterna-system"];
