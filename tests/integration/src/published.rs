@@ -41,6 +41,11 @@ impl<'a> Published<'a> {
         ];
         cluster.rolled_out("deployment/valkey");
         cluster.ready("pod/client");
+        // A pod that runs does not listen yet, and kube-proxy has to hear of it.
+        let ping = ["exec", "client", "--", "valkey-cli", "-h", "valkey", "ping"];
+        eventually_within(PATIENCE, "the service answers", || {
+            cluster.kubectl(&ping).is_success().then_some(())
+        });
         Self {
             cluster,
             _objects: objects,
