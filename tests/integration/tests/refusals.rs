@@ -227,13 +227,16 @@ fn a_ticket_that_is_used_twice() {
     drop(slow);
     migration.success();
     settled(&valkey, b);
-    // The engine that ends at this moment may take the connection with it; then the
-    // agent answers in its place.
+    // By the receiver, if it is still there, or by the agent. One that ends at this
+    // moment takes the connection with it.
     let late = eventually("somebody answers", || {
         let said = ticket.present(a, own).unwrap_err();
         (!said.contains("connection")).then_some(said)
     });
-    assert_eq!(late, "it runs here");
+    assert!(
+        late == "it runs here" || late.contains("engine of this migration is gone"),
+        "{late}"
+    );
     a.sh("rm -r /root/stranger").success();
     load.stop().assert_nothing_lost();
 }
