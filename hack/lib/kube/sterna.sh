@@ -24,11 +24,11 @@ sterna_up() {
   done
   pair "${names[@]}"
   kubectl label --overwrite node "${names[@]}" sterna.dev/ready=true >/dev/null
-  account $CONTROL controller
-  node_unit $CONTROL sterna-controller env KUBECONFIG=/etc/sterna/controller.conf POD_NAMESPACE=$STERNA_NAMESPACE \
+  account "$CONTROL" controller
+  node_unit "$CONTROL" sterna-controller env KUBECONFIG=/etc/sterna/controller.conf POD_NAMESPACE=$STERNA_NAMESPACE \
     /opt/sterna/bin/sterna-controller run --listen=127.0.0.1:8090
-  node_run $CONTROL node-service restart sterna-controller
-  wait_for $CONTROL sterna-controller "sterna-controller" controller_leads
+  node_run "$CONTROL" node-service restart sterna-controller
+  wait_for "$CONTROL" sterna-controller "sterna-controller" controller_leads
   say "Sterna's controller leads"
 }
 
