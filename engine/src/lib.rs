@@ -15,6 +15,7 @@
 //! | [`gate`], [`memory`] | where a restore waits for the commit, and its page server |
 //! | [`tmpfs`] | what CRIU takes for tar |
 //! | [`arrival`] | what a receiver has on disk about its ticket |
+//! | [`park`] | a migration whose two halves are far apart in time; sternad's |
 //! | [`progress`] | what is told to sternad |
 //! | [`ipc`] | what is told to the shim |
 
@@ -26,6 +27,7 @@ mod gate;
 mod ipc;
 mod link;
 mod memory;
+pub mod park;
 mod progress;
 mod receive;
 mod receive_error;

@@ -160,7 +160,7 @@ pub(crate) fn server() -> tonic::transport::Server {
 
 /// A connection whose peer has proved which node it is.
 #[derive(Debug)]
-pub(crate) struct PeerStream(tokio_rustls::server::TlsStream<TcpStream>);
+pub(crate) struct PeerStream(pub(crate) tokio_rustls::server::TlsStream<TcpStream>);
 
 impl tonic::transport::server::Connected for PeerStream {
     type ConnectInfo = ();

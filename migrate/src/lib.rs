@@ -17,6 +17,7 @@
 //! | [`phase`] | the phases, their names, order and timeouts |
 //! | [`source`], [`destination`] | the two state machines, drawn and tabled |
 //! | [`commit`], [`arrival`] | what each side has on disk, and what a restart makes of it |
+//! | [`parked`] | a state that waits on disk for a container to take it |
 //! | [`offer`], [`cpu`] | may this container go from that node to this one, and if not, why |
 //! | [`converge`] | another lap, switch over, or give up |
 //! | [`ticket`] | the right to deliver one container once |
@@ -31,6 +32,7 @@ pub mod cpu;
 pub mod destination;
 mod error;
 pub mod offer;
+pub mod parked;
 pub mod phase;
 pub mod source;
 pub mod ticket;
