@@ -32,6 +32,7 @@ pub(crate) struct Config {
     pub(crate) network: NetworkConfig,
     pub(crate) migration: MigrationConfig,
     pub(crate) limits: Limits,
+    pub(crate) parked: ParkedConfig,
     /// None: the node is in no Kubernetes cluster.
     pub(crate) kubernetes: Option<KubernetesConfig>,
 }
@@ -61,6 +62,18 @@ pub(crate) struct MigrationConfig {
     pub(crate) max_blackout_ms: u64,
 }
 
+/// States of pods that ended before there was another to take them.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct ParkedConfig {
+    /// Where they lie; on a disk, as they are as large as the pods' memory.
+    pub(crate) dir: PathBuf,
+    /// How long one waits, in seconds; then it is removed.
+    pub(crate) keep_seconds: u64,
+    /// Most that one container's may be, in bytes.
+    pub(crate) limit_bytes: u64,
+}
+
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Limits {
@@ -88,6 +101,7 @@ impl Default for Config {
             network: NetworkConfig::default(),
             migration: MigrationConfig::default(),
             limits: Limits::default(),
+            parked: ParkedConfig::default(),
             kubernetes: None,
         }
     }
@@ -97,6 +111,16 @@ impl Default for MigrationConfig {
     fn default() -> Self {
         Self {
             max_blackout_ms: 300,
+        }
+    }
+}
+
+impl Default for ParkedConfig {
+    fn default() -> Self {
+        Self {
+            dir: "/var/lib/sterna/parked".into(),
+            keep_seconds: 24 * 3600,
+            limit_bytes: 64 << 30,
         }
     }
 }
@@ -148,6 +172,10 @@ impl Config {
         ] {
             ensure!(limit > 0, "limits.{name} is 0: at least 1 is needed");
         }
+        ensure!(
+            config.parked.keep_seconds > 0,
+            "parked.keep_seconds is 0: nothing would ever wait"
+        );
         Ok(config)
     }
 

@@ -140,6 +140,17 @@ async fn route(
     let Some(ticket_id) = server_name.as_deref().and_then(identity::parse_ticket_name) else {
         return welcome(tls, stream, slot).await.map(Some);
     };
+    if let Some(recorder) = node.parked.recorder(ticket_id) {
+        // A state that is to wait here: the source is on this node.
+        let stream = welcome(tls, stream, slot).await?;
+        anyhow::ensure!(
+            *stream.node.0 == *node.name.as_str(),
+            "node {} used a ticket of this node's own",
+            stream.node.0
+        );
+        recorder.serve(stream).await?;
+        return Ok(None);
+    }
     let Err((stream, error)) = hand_over(node, ticket_id, stream).await else {
         return Ok(None);
     };

@@ -15,6 +15,7 @@
 //! answers        what is said in the place of an engine that is gone
 //! arrivals       containers on their way here
 //! departures     containers on their way from here
+//! parked         states that wait on disk for a pod to take them
 //! kubernetes     the API server's word on who leaves and who comes
 //! pods           whose containers are their kubelet's: who asks for a state meets who has one
 //! ```
@@ -32,6 +33,7 @@ mod kubernetes;
 mod listener;
 mod local_service;
 mod node;
+mod parked;
 mod peer;
 mod peer_service;
 mod pods;

@@ -1,6 +1,7 @@
 //! What every part of sternad needs to know about its own node.
 
 use std::collections::HashMap;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, ensure};
@@ -9,6 +10,7 @@ use nodeapi::RunDir;
 
 use crate::config::{Config, DEFAULT_PORT};
 use crate::containerd::Containerd;
+use crate::parked::Parked;
 
 /// This node.
 #[derive(Debug)]
@@ -18,6 +20,7 @@ pub(crate) struct Node {
     pub(crate) identity: NodeIdentity,
     pub(crate) containerd: Containerd,
     pub(crate) run_dir: RunDir,
+    pub(crate) parked: Arc<Parked>,
     /// host:port of other nodes, as an orchestrator says it.
     learned: Mutex<HashMap<NodeName, String>>,
 }
@@ -37,9 +40,12 @@ impl Node {
                 "the configuration calls this node {configured:?}, its certificate {name:?}"
             );
         }
+        let run_dir = RunDir::at(&config.run_dir);
+        let kept = &config.parked;
         Ok(Arc::new(Self {
             containerd: Containerd::new(&config.containerd),
-            run_dir: RunDir::at(&config.run_dir),
+            parked: Parked::new(&kept.dir, &run_dir, kept.limit_bytes),
+            run_dir,
             name,
             identity,
             config,
@@ -55,6 +61,18 @@ impl Node {
         };
         let mut learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
         learned.insert(node, address);
+    }
+
+    /// host:port of this node's own port, for its own processes.
+    pub(crate) fn own_address(&self) -> String {
+        let mut listen = self.config.listen;
+        if listen.ip().is_unspecified() {
+            listen.set_ip(match listen {
+                SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+                SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+            });
+        }
+        listen.to_string()
     }
 
     /// host:port of a node's sternad: as the file says, else as an orchestrator

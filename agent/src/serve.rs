@@ -57,6 +57,7 @@ pub(crate) async fn run(config: Config, notify_socket: Option<OsString>) -> anyh
     if let Err(error) = startup::clean_files(&node) {
         tracing::warn!("cannot clean {}: {error}", node.run_dir.path().display());
     }
+    node.parked.clean();
     let tcp = TcpListener::bind(node.config.listen)
         .await
         .with_context(|| format!("cannot listen on {}", node.config.listen))?;
@@ -83,7 +84,7 @@ pub(crate) async fn run(config: Config, notify_socket: Option<OsString>) -> anyh
         .max_concurrent_streams(STREAMS_PER_PEER)
         .add_service(peer_service)
         .serve_with_incoming_shutdown(ReceiverStream::new(peers), stop.clone().cancelled_owned());
-    let pod_service = PodService::new(pods, Arc::clone(&departures));
+    let pod_service = PodService::new(Arc::clone(&node), pods, Arc::clone(&departures));
     let local_service = LocalService::new(Arc::clone(&node), arrivals, departures);
     let local_server = tonic::transport::Server::builder()
         .add_service(AgentServer::new(local_service))

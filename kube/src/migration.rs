@@ -110,6 +110,13 @@ pub struct MigrationStatus {
     /// Which of its owner's pods it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<String>,
+    /// Which of its owner's templates it is of, where the owner is a StatefulSet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// Whether its owner makes the pod that replaces it only once it is gone; absent
+    /// until that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaced_late: Option<bool>,
     /// What a pod must be like to take its state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spec_hash: Option<String>,

@@ -33,12 +33,6 @@ impl Owner {
             _ => None,
         }
     }
-
-    /// A replacement exists only after the pod's object is gone.
-    #[must_use]
-    pub fn replaces_late(self) -> bool {
-        self == Self::StatefulSet
-    }
 }
 
 /// A pod's controller.

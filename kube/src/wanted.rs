@@ -15,6 +15,49 @@ const REVISION: &str = "deployment.kubernetes.io/revision";
 /// Label of a StatefulSet's pods: which template they have.
 const CONTROLLER_REVISION: &str = "controller-revision-hash";
 
+/// A pod as its owner knows it, which may be gone by now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Member<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Which of its owner's templates it is of, if it says so.
+    pub revision: Option<&'a str>,
+}
+
+impl<'a> Member<'a> {
+    /// One that is there.
+    #[must_use]
+    pub fn of(pod: &'a Pod) -> Self {
+        Self {
+            name: pod.metadata.name.as_deref().unwrap_or_default(),
+            revision: revision(pod),
+        }
+    }
+}
+
+/// Which of its owner's templates a pod is of; only a StatefulSet's says so.
+#[must_use]
+pub fn revision(pod: &Pod) -> Option<&str> {
+    let labels = pod.metadata.labels.as_ref()?;
+    labels.get(CONTROLLER_REVISION).map(String::as_str)
+}
+
+/// Whether the owner makes the pod that replaces one only once that is gone; `None`
+/// where it does not exist any more.
+#[must_use]
+pub fn replaces_late(owner: &OwnerState) -> Option<bool> {
+    match owner {
+        OwnerState::Gone => None,
+        OwnerState::ReplicaSet(..) => Some(false),
+        OwnerState::StatefulSet(_) => Some(true),
+        OwnerState::Job(job) => {
+            let spec = job.spec.as_ref();
+            let policy = spec.and_then(|spec| spec.pod_replacement_policy.as_deref());
+            Some(policy == Some("Failed"))
+        }
+    }
+}
+
 /// What is known about a pod's owner.
 #[derive(Debug, Clone)]
 pub enum OwnerState {
@@ -57,8 +100,7 @@ impl fmt::Display for Unwanted {
 /// # Errors
 ///
 /// Why not.
-pub fn owner_wants(owner: &OwnerState, pod: &Pod) -> Result<(), Unwanted> {
-    let label = |key| pod.metadata.labels.as_ref().and_then(|all| all.get(key));
+pub fn owner_wants(owner: &OwnerState, pod: Member<'_>) -> Result<(), Unwanted> {
     match owner {
         OwnerState::Gone => Err(Unwanted::OwnerGone),
         OwnerState::ReplicaSet(set, deployment) => {
@@ -90,8 +132,8 @@ pub fn owner_wants(owner: &OwnerState, pod: &Pod) -> Result<(), Unwanted> {
             let first = spec
                 .and_then(|spec| spec.ordinals.as_ref()?.start)
                 .unwrap_or(0);
-            let name = pod.metadata.name.as_deref().unwrap_or_default();
-            let ordinal = name
+            let ordinal = pod
+                .name
                 .rsplit_once('-')
                 .and_then(|(_, text)| text.parse::<i32>().ok());
             if let Some(ordinal) = ordinal {
@@ -100,8 +142,8 @@ pub fn owner_wants(owner: &OwnerState, pod: &Pod) -> Result<(), Unwanted> {
             let newest = set
                 .status
                 .as_ref()
-                .and_then(|status| status.update_revision.as_ref());
-            if newest.is_some() && label(CONTROLLER_REVISION) != newest {
+                .and_then(|status| status.update_revision.as_deref());
+            if newest.is_some() && pod.revision != newest {
                 return Err(Unwanted::Rollout);
             }
             Ok(())
@@ -159,9 +201,36 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
-    fn pod(name: &str, revision: &str) -> Pod {
-        let labels = json!({CONTROLLER_REVISION: revision});
-        serde_json::from_value(json!({"metadata": {"name": name, "labels": labels}})).unwrap()
+    fn member<'a>(name: &'a str, revision: &'a str) -> Member<'a> {
+        Member {
+            name,
+            revision: Some(revision),
+        }
+    }
+
+    #[test]
+    fn a_pod_says_which_template_it_has() {
+        let labels = json!({CONTROLLER_REVISION: "r1"});
+        let pod = json!({"metadata": {"name": "web-0", "labels": labels}});
+        let pod: Pod = serde_json::from_value(pod).unwrap();
+        assert_eq!(Member::of(&pod), member("web-0", "r1"));
+        assert_eq!(super::revision(&Pod::default()), None);
+    }
+
+    #[test]
+    fn some_owners_replace_a_pod_only_once_it_is_gone() {
+        let job = |policy: Option<&str>| {
+            let spec = json!({"podReplacementPolicy": policy, "template": {}});
+            OwnerState::Job(serde_json::from_value(json!({"spec": spec})).unwrap())
+        };
+        assert_eq!(replaces_late(&job(Some("Failed"))), Some(true));
+        assert_eq!(
+            replaces_late(&job(Some("TerminatingOrFailed"))),
+            Some(false)
+        );
+        assert_eq!(replaces_late(&job(None)), Some(false));
+        assert_eq!(replaces_late(&replica_set(json!({}), None)), Some(false));
+        assert_eq!(replaces_late(&OwnerState::Gone), None);
     }
 
     fn replica_set(set: Value, deployment: Option<Value>) -> OwnerState {
@@ -194,7 +263,7 @@ mod tests {
             (replica_set(none, None), Err(Unwanted::ScaledDown)),
             (OwnerState::Gone, Err(Unwanted::OwnerGone)),
         ] {
-            assert_eq!(owner_wants(&owner, &pod("web", "")), is, "{owner:?}");
+            assert_eq!(owner_wants(&owner, member("web", "")), is, "{owner:?}");
         }
     }
 
@@ -228,7 +297,7 @@ mod tests {
             let set = json!({"spec": spec, "status": {"updateRevision": "r1", "replicas": 3}});
             let owner = OwnerState::StatefulSet(serde_json::from_value(set).unwrap());
             assert_eq!(
-                owner_wants(&owner, &pod(name, of)),
+                owner_wants(&owner, member(name, of)),
                 is,
                 "{owner:?} {name} {of}"
             );
@@ -238,12 +307,12 @@ mod tests {
     #[test]
     fn a_jobs_pod_is_wanted_while_the_job_goes_on() {
         let job = |job| OwnerState::Job(serde_json::from_value(job).unwrap());
-        let pod = pod("count-x", "");
-        assert_eq!(owner_wants(&job(json!({})), &pod), Ok(()));
+        let pod = member("count-x", "");
+        assert_eq!(owner_wants(&job(json!({})), pod), Ok(()));
         let suspended = json!({"spec": {"suspend": true, "template": {}}});
-        assert_eq!(owner_wants(&job(suspended), &pod), Err(Unwanted::JobOver));
+        assert_eq!(owner_wants(&job(suspended), pod), Err(Unwanted::JobOver));
         let done = json!({"status": {"completionTime": "2026-01-01T00:00:00Z"}});
-        assert_eq!(owner_wants(&job(done), &pod), Err(Unwanted::JobOver));
+        assert_eq!(owner_wants(&job(done), pod), Err(Unwanted::JobOver));
     }
 
     #[test]

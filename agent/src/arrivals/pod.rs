@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use migrate::offer::{self, Found};
+use migrate::offer::{self, Found, RefusalCode};
 use nodeapi::{ContainerRecord, Incoming, PodContainer, RunState, Ticket};
 use proto::agent as pb;
 
@@ -32,7 +32,13 @@ pub(super) async fn refusals(node: &Node, plan: &Plan) -> anyhow::Result<Vec<pb:
     };
     let mut reasons = match offer::negotiate(&plan.facts, &plan.needs, &local, &found) {
         Ok(_) => Vec::new(),
-        Err(refusals) => refusals.iter().map(admission::reason).collect(),
+        // What waits on this node may be for a pod of it. From where it runs nothing is
+        // sent here.
+        Err(refusals) => refusals
+            .iter()
+            .filter(|refusal| refusal.code != RefusalCode::SameNode)
+            .map(admission::reason)
+            .collect(),
     };
     reasons.extend(admission::check_memory_limit(node, plan));
     Ok(reasons)

@@ -192,7 +192,7 @@ async fn prepare_network(
 }
 
 /// An id of 128 bits and a secret of 256, both of the system's randomness.
-pub(super) fn new_ticket() -> anyhow::Result<Ticket> {
+pub(crate) fn new_ticket() -> anyhow::Result<Ticket> {
     let random = rustls::crypto::ring::default_provider().secure_random;
     let (mut id, mut secret) = ([0; 16], [0; 32]);
     random

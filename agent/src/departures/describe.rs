@@ -380,6 +380,11 @@ fn anonymous_bytes(status: &str) -> u64 {
 }
 
 impl Described {
+    /// The pod that gets its state, or keeps it.
+    pub(crate) fn pod(&self) -> Option<&PodContainer> {
+        self.pod.as_ref()
+    }
+
     /// The offer to the destination.
     pub(crate) fn offer(
         &self,

@@ -43,6 +43,13 @@ pub(crate) struct Order {
     pub(crate) into_pod: Option<String>,
 }
 
+impl Order {
+    /// Its state is to wait on this node: the pod that it names is its own.
+    pub(crate) fn parks_on(&self, node: &Node) -> bool {
+        self.destination == node.name
+    }
+}
+
 /// Someone wants a migration to stop.
 #[derive(Debug)]
 pub(crate) struct CancelOrder {
@@ -100,6 +107,29 @@ impl Departures {
         self.launch(order, Begin::Anew)
     }
 
+    /// Begins to have a container of a pod end here, and its state wait on this node.
+    pub(crate) fn park(
+        self: &Arc<Self>,
+        name: &pb::ContainerName,
+        uid: &str,
+        limit: Duration,
+    ) -> Result<Arc<Departure>, Status> {
+        let record = find_record(&self.node, name)?;
+        if self.find(&record.namespace, &record.id).is_none() {
+            check_movable_now(&record)?;
+        }
+        let order = Order {
+            migration_id: uuid::Uuid::new_v4().to_string(),
+            record,
+            destination: self.node.name.clone(),
+            // It will stand still for as long as it takes to make another pod.
+            max_blackout: limit,
+            deadline: Some(limit),
+            into_pod: Some(uid.to_owned()),
+        };
+        self.launch(order, Begin::Anew)
+    }
+
     /// Takes up what an earlier sternad left under way.
     pub(crate) fn resume(self: &Arc<Self>) {
         for note in note::Note::list(&self.node) {
@@ -153,6 +183,9 @@ impl Departures {
                 match begin {
                     Begin::Anew => run::run(&this.node, &own, orders).await,
                     Begin::From(note) => resume::resume(&this.node, &own, &note, orders).await,
+                }
+                if own.order.parks_on(&this.node) {
+                    run::give_up_parking(&this.node, &own.order);
                 }
                 this.running().remove(&key);
                 own.events.close();

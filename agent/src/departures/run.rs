@@ -13,7 +13,9 @@
 
 use std::time::Duration;
 
+use anyhow::Context as _;
 use migrate::Phase;
+use nodeapi::Ticket;
 use proto::agent as pb;
 use proto::agent::migrate_event::Event;
 use proto::engine as epb;
@@ -28,11 +30,13 @@ use super::engine::Engine;
 use super::leave::leave;
 use super::note::Note;
 use super::watch::Watch;
-use super::{CancelOrder, Departure};
+use super::{CancelOrder, Departure, Order};
+use crate::arrivals::prepare::new_ticket;
 use crate::containerd::content::next_piece;
 use crate::doctor::obstacles;
 use crate::facts;
 use crate::node::Node;
+use crate::parked::Expected;
 use crate::peer::{Peer, resolve, within};
 use crate::side::{Failure, Side};
 use crate::startup::is_deserted;
@@ -107,7 +111,8 @@ struct Ready {
     note: Note,
     engine: Engine,
     events: Streaming<epb::Progress>,
-    hold: Streaming<pb::HoldEvent>,
+    /// None where its state is to wait on this node.
+    hold: Option<Streaming<pb::HoldEvent>>,
     began_ms: u64,
 }
 
@@ -175,7 +180,7 @@ impl Run<'_> {
         let note = ready.note;
         let mut watch = Watch::new(self.node, self.departure, &mut self.orders);
         watch.peer = self.peer.clone();
-        watch.hold = Some(ready.hold);
+        watch.hold = ready.hold;
         watch.began_ms = ready.began_ms;
         let finished = watch.follow(ready.engine, ready.events).await;
         let mut finished =
@@ -224,6 +229,9 @@ impl Run<'_> {
     async fn negotiate_and_prepare(&mut self, deadline: Option<Instant>) -> Result<Ready, Early> {
         let order = &self.departure.order;
         self.enter(Phase::Negotiate);
+        if order.parks_on(self.node) {
+            return self.prepare_to_park(deadline).await;
+        }
         if let Err(text) = resolve(self.node, &order.destination).await {
             return Err(Early::Refused(vec![pb::Reason {
                 subject: "node".into(),
@@ -273,14 +281,60 @@ impl Run<'_> {
                     .into());
             }
         };
+        let ticket = Ticket {
+            id: ticket.ticket_id,
+            secret: ticket.ticket_secret,
+        };
+        let to = (peer.address().to_owned(), peer.node().to_string());
+        self.start_engine(&described, &ticket, to, Some(hold), deadline)
+            .await
+    }
+
+    /// Negotiate and prepare where the destination is this node's disk.
+    async fn prepare_to_park(&mut self, deadline: Option<Instant>) -> Result<Ready, Early> {
+        let order = &self.departure.order;
+        let described = describe(self.node, &order.record, order.into_pod.as_deref()).await?;
+        let obstacles = obstacles(&described);
+        if !obstacles.is_empty() {
+            return Err(Early::Refused(obstacles));
+        }
+        let facts = facts::gather(self.node).await?;
+        self.enter(Phase::Prepare);
+        let (ticket, node) = (new_ticket()?, self.node.name.to_string());
+        let pod = described.pod().context("it belongs to no pod")?;
+        let expected = Expected {
+            pod,
+            namespace: &order.record.namespace,
+            id: &order.record.id,
+            migration_id: &order.migration_id,
+            node: &node,
+            facts: serde_json::to_value(&facts).map_err(anyhow::Error::from)?,
+            needs: serde_json::to_value(&described.needs).map_err(anyhow::Error::from)?,
+        };
+        self.node.parked.expect(expected, &ticket)?;
+        let to = (self.node.own_address(), node);
+        self.start_engine(&described, &ticket, to, None, deadline)
+            .await
+    }
+
+    /// Has the container's shim start to send, to the node of this address and name.
+    async fn start_engine(
+        &self,
+        described: &Described,
+        ticket: &Ticket,
+        (peer_address, peer_node): (String, String),
+        hold: Option<Streaming<pb::HoldEvent>>,
+        deadline: Option<Instant>,
+    ) -> Result<Ready, Early> {
+        let order = &self.departure.order;
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let request = SendRequest {
             container_id: order.record.id.clone(),
             migration_id: order.migration_id.clone(),
-            ticket_id: ticket.ticket_id,
-            ticket_secret: ticket.ticket_secret,
-            peer_address: peer.address().to_owned(),
-            peer_node: peer.node().to_string(),
+            ticket_id: ticket.id.clone(),
+            ticket_secret: ticket.secret.clone(),
+            peer_address,
+            peer_node,
             identity_dir: self.node.config.identity_dir.display().to_string(),
             max_blackout_ms: millis(order.max_blackout),
             // 0 would mean none.
@@ -421,6 +475,14 @@ impl Run<'_> {
             return Err(peer.explain("take the image", &status).await.into());
         }
         Ok(read.map_err(anyhow::Error::from)?)
+    }
+}
+
+/// Nothing that did not come to wait here is left of it; also where nobody knows how
+/// it ended: a source that asks is told then that its container goes on.
+pub(super) fn give_up_parking(node: &Node, order: &Order) {
+    if let Err(error) = node.parked.end(&order.migration_id) {
+        tracing::error!("cannot give up a state that was coming: {error:#}");
     }
 }
 

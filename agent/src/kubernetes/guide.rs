@@ -5,7 +5,7 @@
 //! container is created and ended seldom enough.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
@@ -13,10 +13,12 @@ use kube::api::ListParams;
 use kube::{Api, Client};
 use nodeapi::PodContainer;
 use sterna_kube::verdict::undecided;
-use sterna_kube::{Migration, Phase, Verdict, leaving};
+use sterna_kube::{Migration, Phase, Trigger, Verdict, leaving};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::pods::{Guide, Nothing};
+use super::parking;
+use crate::node::Node;
+use crate::pods::{self, Guide, Nothing};
 
 /// Between two looks while nothing is decided.
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
@@ -28,11 +30,18 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(10);
 /// controller makes it within a second, unless there is none.
 const DECISION_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// A pod that may be replaced while it runs is waited for as long: shims hold a signal
+/// for 100 s, and what is left is for writing its state to the disk.
+const REPLACEMENT_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// Label of a Deployment's pods: narrows down who may replace whom.
 const TEMPLATE_HASH: &str = "pod-template-hash";
 
 pub(super) struct ClusterGuide {
     client: Client,
+    node: Arc<Node>,
+    /// Containers whose state was to wait here and does not, by uid, and why.
+    failed: parking::Failed,
     /// Pods whose state ended with a pod that nobody was said to replace, and why:
     /// the API server knows nothing of it any more.
     lost: Mutex<HashMap<String, String>>,
@@ -48,17 +57,22 @@ impl std::fmt::Debug for ClusterGuide {
 }
 
 /// Whether a container is on its way out.
+#[derive(Debug)]
 enum Leaving {
     Yes,
+    /// It is, and its state is to wait: no pod takes it yet, and none will soon.
+    Late,
     /// It may be: its pod is, and nobody has said where to.
     Undecided,
     No(String),
 }
 
 impl ClusterGuide {
-    pub(super) fn new(client: Client) -> Self {
+    pub(super) fn new(client: Client, node: Arc<Node>) -> Self {
         Self {
             client,
+            node,
+            failed: parking::Failed::default(),
             lost: Mutex::default(),
         }
     }
@@ -103,13 +117,18 @@ impl ClusterGuide {
         Ok(verdict)
     }
 
-    async fn leaves(&self, container: &PodContainer) -> kube::Result<Leaving> {
+    /// `held` is for how long its signal was.
+    async fn judge_leaving(
+        &self,
+        container: &PodContainer,
+        held: Duration,
+    ) -> kube::Result<Leaving> {
         let namespace = &container.namespace;
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
         let migrations: Api<Migration> = Api::namespaced(self.client.clone(), namespace);
         let pod = this_pod(&pods, container).await?;
         let migrations = migrations.list(&ListParams::default()).await?;
-        Ok(leaves(pod.as_ref(), container, &migrations.items))
+        Ok(leaves(pod.as_ref(), container, &migrations.items, held))
     }
 }
 
@@ -140,7 +159,12 @@ fn unaccounted<'a>(awaited: &'a Names, pods: &[Pod], migrations: &[Migration]) -
     found.map(|(_, name)| name.as_str())
 }
 
-fn leaves(pod: Option<&Pod>, container: &PodContainer, migrations: &[Migration]) -> Leaving {
+fn leaves(
+    pod: Option<&Pod>,
+    container: &PodContainer,
+    migrations: &[Migration],
+    held: Duration,
+) -> Leaving {
     let own = migrations.iter().filter(|migration| {
         let status = migration.status.as_ref();
         let source = status.and_then(|status| status.source_pod.as_ref());
@@ -161,7 +185,8 @@ fn leaves(pod: Option<&Pod>, container: &PodContainer, migrations: &[Migration])
             Some(_) => Leaving::No("its pod is not moved".into()),
         };
     };
-    let ends = pod.is_none_or(leaving::is_ending);
+    // One that its kubelet ends, as the node shuts down, say, is not deleted.
+    let ends = pod.is_none_or(|pod| leaving::is_ending(pod) || leaving::cause(pod).is_some());
     match phase(migration) {
         Phase::Failed | Phase::Cancelled => {
             let status = migration.status.as_ref();
@@ -170,10 +195,26 @@ fn leaves(pod: Option<&Pod>, container: &PodContainer, migrations: &[Migration])
         }
         // The end of a container that runs elsewhere is about to be seen.
         Phase::Succeeded => Leaving::Yes,
+        _ if ends && is_late(migration, held) => Leaving::Late,
         _ if ends => Leaving::Yes,
         // Its kubelet starts it anew in the same pod.
         _ => Leaving::No("its pod stays".into()),
     }
+}
+
+/// Whether a state is to wait for a pod, rather than its container.
+fn is_late(migration: &Migration, held: Duration) -> bool {
+    let Some(status) = migration.status.as_ref() else {
+        return false;
+    };
+    let target = status.target_pod.as_ref();
+    let is_sent = target.is_some_and(|target| target.node.is_some());
+    let comes_late =
+        status.replaced_late == Some(true) || migration.spec.trigger == Trigger::Kubelet;
+    status.phase.is_before_commit()
+        && status.source_pod.is_some()
+        && !is_sent
+        && (comes_late || held >= REPLACEMENT_TIMEOUT)
 }
 
 #[tonic::async_trait]
@@ -196,16 +237,18 @@ impl Guide for ClusterGuide {
         }
     }
 
-    async fn stays(&self, container: &PodContainer) -> String {
+    async fn leaves(&self, container: &PodContainer) -> pods::Leaving {
         let since = Instant::now();
         loop {
-            match timeout(LOOK_TIMEOUT, self.leaves(container)).await {
-                Ok(Ok(Leaving::No(reason))) => return reason,
+            let look = self.judge_leaving(container, since.elapsed());
+            match timeout(LOOK_TIMEOUT, look).await {
+                Ok(Ok(Leaving::No(reason))) => return pods::Leaving::Stays(reason),
+                Ok(Ok(Leaving::Late)) => return pods::Leaving::Waits,
                 Ok(Ok(Leaving::Undecided)) if since.elapsed() > DECISION_TIMEOUT => {
-                    return format!(
+                    return pods::Leaving::Stays(format!(
                         "within {} s no Migration was made for its pod (does sterna-controller run?)",
                         DECISION_TIMEOUT.as_secs()
-                    );
+                    ));
                 }
                 Ok(Ok(Leaving::Yes | Leaving::Undecided)) => {}
                 Ok(Err(error)) => tracing::warn!(%container, "cannot ask the API server: {error}"),
@@ -213,6 +256,17 @@ impl Guide for ClusterGuide {
             }
             sleep(LOOK_PAUSE).await;
         }
+    }
+
+    async fn waits(&self, container: &PodContainer, outcome: Result<(), &str>) {
+        parking::tell(
+            &self.client,
+            &self.node.parked,
+            &self.failed,
+            container,
+            outcome,
+        )
+        .await;
     }
 }
 
@@ -253,7 +307,8 @@ mod tests {
     }
 
     fn word(pod: Option<&Pod>, migrations: &[Migration]) -> &'static str {
-        match leaves(pod, &container(), migrations) {
+        match leaves(pod, &container(), migrations, Duration::ZERO) {
+            Leaving::Late => "late",
             Leaving::Yes => "yes",
             Leaving::Undecided => "undecided",
             Leaving::No(_) => "no",
@@ -267,6 +322,41 @@ mod tests {
         assert_eq!(unaccounted(&awaited, &[pod(false)], &[]), None);
         assert_eq!(unaccounted(&awaited, &[], &[migration("Cancelled")]), None);
         assert_eq!(unaccounted(&Names::new(), &[], &[]), None);
+    }
+
+    #[test]
+    fn a_state_waits_for_a_pod_that_comes_late_and_for_one_that_does_not_come_in_time() {
+        let late = |change: &dyn Fn(&mut serde_json::Value), held| {
+            let mut object = serde_json::to_value(migration("Pending")).unwrap();
+            change(&mut object);
+            let migration = serde_json::from_value(object).unwrap();
+            let held = Duration::from_secs(held);
+            let leaves = leaves(Some(&pod(true)), &container(), &[migration], held);
+            matches!(leaves, Leaving::Late)
+        };
+        assert!(!late(&|_| {}, 59));
+        assert!(late(&|_| {}, 60));
+        assert!(late(&|one| one["status"]["replacedLate"] = json!(true), 0));
+        assert!(!late(
+            &|one| one["status"]["replacedLate"] = json!(false),
+            0
+        ));
+        assert!(late(&|one| one["spec"]["trigger"] = json!("Kubelet"), 0));
+        let unbound = json!({"name": "r", "uid": "r"});
+        assert!(late(
+            &|one| one["status"]["targetPod"] = unbound.clone(),
+            60
+        ));
+        let bound = json!({"name": "r", "uid": "r", "node": "b"});
+        assert!(!late(&|one| one["status"]["targetPod"] = bound.clone(), 60));
+        assert!(!late(
+            &|one| one["status"]["phase"] = json!("Committed"),
+            60
+        ));
+        assert!(!late(
+            &|one| one["status"]["phase"] = json!("Cancelled"),
+            60
+        ));
     }
 
     #[test]

@@ -5,11 +5,13 @@
 //!
 //! * answers the shims' questions by it ([`guide`]),
 //! * sends the state of pods of this node to the pods that a Migration names
-//!   ([`transfers`], [`transfer`]), and writes into the Migration how that goes.
+//!   ([`transfers`], [`transfer`]), and writes into the Migration how that goes,
+//! * has states wait here whose pods cannot ([`parking`]).
 //!
 //! The rules are those of the crate `sterna-kube`, which the controller has too.
 
 mod guide;
+mod parking;
 mod transfer;
 mod transfers;
 
@@ -37,7 +39,11 @@ pub(crate) async fn start(
         .context("cannot use the Kubernetes API")?;
     let name = config.node.clone().unwrap_or_else(|| node.name.to_string());
     tracing::info!(node = name, "follows Kubernetes");
-    pods.follow(Box::new(guide::ClusterGuide::new(client.clone())));
+    pods.follow(Box::new(guide::ClusterGuide::new(
+        client.clone(),
+        Arc::clone(&node),
+    )));
+    tokio::spawn(parking::follow(client.clone(), Arc::clone(&node)));
     tokio::spawn(transfers::follow(client, name, node, departures));
     Ok(())
 }

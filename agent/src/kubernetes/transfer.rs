@@ -6,22 +6,23 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use nodeapi::{ContainerRecord, PodAnnotations};
 use oci_spec::runtime::Spec;
 use proto::agent as pb;
 use proto::agent::migrate_event::Event;
 use proto::engine::{Finished, Summary, progress};
-use serde_json::json;
 use sterna_kube::{
-    AGENT, ContainerTransfer, Migration, PodRef, Transfer as Report, TransferPhase, TransferResult,
+    ContainerTransfer, Migration, PodRef, Transfer as Report, TransferPhase, TransferResult,
 };
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::parking;
 use crate::departures::{Departure, Departures};
 use crate::node::Node;
+use crate::parked::Record;
+use crate::parked::deliver::{self, Target, Undelivered};
 
 /// All attempts together: the shim holds the signal that ends the container for
 /// 100 s, and the replacement's kubelet waits no longer either.
@@ -148,10 +149,97 @@ impl Transfer {
         }
     }
 
-    /// Sends one container, again if that fails and may work later.
+    /// Brings one container's state to the target.
     async fn container(&self, name: &str) {
+        // What waits here, or is about to, is not sent from where it runs.
+        let mut parked = self.node.parked.find(&self.plan.source.uid, name);
+        if parked.is_none() {
+            match self.send(name).await {
+                Some(_) => return,
+                // It came to wait here meanwhile.
+                None => parked = self.node.parked.find(&self.plan.source.uid, name),
+            }
+        }
+        if let Some(record) = parked {
+            self.deliver(name, record).await;
+        }
+    }
+
+    /// Delivers a state that waits here, again until it is there or called off.
+    async fn deliver(&self, name: &str, mut record: Record) {
+        let node = self.plan.target.node.as_deref().unwrap_or_default();
+        let target = node.parse().map(|node| Target {
+            pod: self.plan.target.name.clone(),
+            uid: self.plan.target.uid.clone(),
+            node,
+        });
+        let bytes = record.memory_bytes();
+        self.change(name, |container| {
+            container.phase = TransferPhase::Parked;
+            container.memory_bytes = Some(bytes);
+        });
+        let mut last = None;
+        let (result, reason) = loop {
+            let attempt = async {
+                let target = target
+                    .as_ref()
+                    .map_err(|error| Undelivered::Never(format!("node {node:?}: {error}")))?;
+                if deliver::settle(&self.node, &mut record, &target.uid).await? {
+                    return Ok(None);
+                }
+                let called_off = self.stop.cancelled();
+                let sent = deliver::deliver(&self.node, &mut record, target, called_off);
+                sent.await.map(Some)
+            };
+            match attempt.await {
+                Ok(sent) => {
+                    tracing::info!(container = name, "has its state");
+                    let blackout = Timestamp::now().duration_since(record.since);
+                    self.change(name, |container| {
+                        container.sent_bytes = sent;
+                        container.blackout_milliseconds = u64::try_from(blackout.as_millis()).ok();
+                    });
+                    break (TransferResult::Succeeded, None);
+                }
+                Err(Undelivered::Never(reason)) => break (TransferResult::Failed, Some(reason)),
+                Err(Undelivered::Again(reason)) => {
+                    tracing::warn!(container = name, reason, "its state waits on");
+                    let reason = (!self.stop.is_cancelled()).then_some(reason);
+                    if last != reason {
+                        last.clone_from(&reason);
+                        self.update(name, |container| {
+                            container.phase = TransferPhase::Parked;
+                            container.reason = reason;
+                        })
+                        .await;
+                    }
+                }
+            }
+            if self.stop.is_cancelled() {
+                return;
+            }
+            sleep(ATTEMPT_PAUSE).await;
+            match self.node.parked.find(&self.plan.source.uid, name) {
+                Some(now) => record = now,
+                None => break (TransferResult::Failed, Some("its state was removed".into())),
+            }
+        };
+        self.update(name, |container| {
+            container.phase = TransferPhase::Finished;
+            container.result = Some(result);
+            container.reason = reason;
+        })
+        .await;
+    }
+
+    /// Sends one container from where it runs, again if that fails and may work later.
+    /// None: its state waits here.
+    async fn send(&self, name: &str) -> Option<TransferResult> {
         let begun = Instant::now();
         let (result, reason, summary) = loop {
+            if self.node.parked.find(&self.plan.source.uid, name).is_some() {
+                return None;
+            }
             let left = ATTEMPTS_TIMEOUT.saturating_sub(begun.elapsed());
             match self.attempt(name, left).await {
                 End::Moved(summary) => break (TransferResult::Succeeded, None, summary),
@@ -180,6 +268,7 @@ impl Transfer {
             }
         })
         .await;
+        Some(result)
     }
 
     async fn attempt(&self, name: &str, left: Duration) -> End {
@@ -295,18 +384,9 @@ impl Transfer {
     /// wait for this: what is not written is written with the next change.
     async fn write(&self) -> bool {
         let report = self.report_mut().clone();
-        let migrations: Api<Migration> = Api::namespaced(self.client.clone(), &self.plan.namespace);
-        let patch = Patch::Apply(json!({
-            "apiVersion": "sterna.dev/v1alpha1",
-            "kind": "Migration",
-            "status": {"transfer": report},
-        }));
-        let params = PatchParams::apply(AGENT).force();
-        let written = migrations.patch_status(&self.plan.name, &params, &patch);
+        let written = parking::apply(&self.client, &self.plan.namespace, &self.plan.name, &report);
         let problem = match timeout(WRITE_TIMEOUT, written).await {
-            Ok(Ok(_)) => return true,
-            // It was deleted: nobody reads it.
-            Ok(Err(kube::Error::Api(status))) if status.code == 404 => return true,
+            Ok(Ok(())) => return true,
             Ok(Err(error)) => error.to_string(),
             Err(_) => "the API server does not answer".to_owned(),
         };

@@ -37,9 +37,21 @@ pub(crate) trait Guide: Debug + Send + Sync {
     /// long as one may come, or comes, never.
     async fn nothing_comes(&self, container: &PodContainer) -> Nothing;
 
-    /// Resolves with the reason once it is certain that this container does not
-    /// leave; as long as it may, or does, never.
-    async fn stays(&self, container: &PodContainer) -> String;
+    /// Resolves once it is certain that this container does not leave, or that its
+    /// state is to wait here; as long as it may be sent to another pod, never.
+    async fn leaves(&self, container: &PodContainer) -> Leaving;
+
+    /// The state of a container waits here now; an error: it was to, and does not.
+    async fn waits(&self, container: &PodContainer, outcome: Result<(), &str>);
+}
+
+/// What becomes of a container that was told to end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Leaving {
+    /// It ends like any other, for this reason.
+    Stays(String),
+    /// There is no pod yet to take its state, and there is no more time: it waits.
+    Waits,
 }
 
 /// Why no state comes.

@@ -2,24 +2,136 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nodeapi::PodContainer;
 use proto::agent as pb;
 use proto::agent::expect_response::Answer as Said;
-use tonic::{Request, Response, Status};
+use tokio::time::{Instant, sleep};
+use tonic::{Code, Request, Response, Status};
 
-use super::{Answer, Nothing, Place, Pods};
+use super::{Answer, Leaving, Nothing, Place, Pods};
 use crate::departures::Departures;
+use crate::node::Node;
 
-#[derive(Debug)]
+/// Shims hold a signal for 100 s.
+const HOLD_TIMEOUT: Duration = Duration::from_secs(95);
+
+/// A state that cannot be kept three times cannot be kept.
+const ATTEMPTS: u32 = 3;
+const ATTEMPT_MINIMUM: Duration = Duration::from_secs(5);
+const ATTEMPT_PAUSE: Duration = Duration::from_secs(1);
+
+/// While others are on their way, or it is itself.
+const TURN_PAUSE: Duration = Duration::from_millis(250);
+
+#[derive(Debug, Clone)]
 pub(crate) struct PodService {
+    node: Arc<Node>,
     pods: Arc<Pods>,
     departures: Arc<Departures>,
 }
 
 impl PodService {
-    pub(crate) fn new(pods: Arc<Pods>, departures: Arc<Departures>) -> Self {
-        Self { pods, departures }
+    pub(crate) fn new(node: Arc<Node>, pods: Arc<Pods>, departures: Arc<Departures>) -> Self {
+        Self {
+            node,
+            pods,
+            departures,
+        }
+    }
+
+    /// Holds a container's end until it is decided; whether its state is elsewhere,
+    /// and else why not.
+    async fn until_decided(
+        &self,
+        name: &pb::ContainerName,
+        container: &PodContainer,
+    ) -> (bool, String) {
+        let begun = Instant::now();
+        let mut reason = "nothing takes it elsewhere".to_owned();
+        if let Some(guide) = self.pods.guide() {
+            match guide.leaves(container).await {
+                Leaving::Stays(why) => reason = why,
+                Leaving::Waits => {
+                    let limit = HOLD_TIMEOUT.saturating_sub(begun.elapsed());
+                    let (this, name, container) = (self.clone(), name.clone(), container.clone());
+                    // Its shim does not wait for the answer once the container has
+                    // ended, and then this future is dropped.
+                    let parked =
+                        tokio::spawn(async move { this.park(&name, &container, limit).await });
+                    return match parked.await {
+                        Ok(Ok(())) => (true, "its state waits here".to_owned()),
+                        Ok(Err(reason)) => (false, reason),
+                        Err(_) => (false, "keeping its state ended in a panic".to_owned()),
+                    };
+                }
+            }
+        }
+        // Begun by hand, or not quite over.
+        let departure = self.departures.find(&name.namespace, &name.id);
+        match departure.filter(|departure| departure.order.into_pod.is_some()) {
+            Some(departure) => {
+                let finished = departure.ended().await;
+                (finished.outcome == "migrated", finished.reason)
+            }
+            None => (false, reason),
+        }
+    }
+
+    /// Has a container's state wait on this node, and the container end; and says so.
+    async fn park(
+        &self,
+        name: &pb::ContainerName,
+        container: &PodContainer,
+        limit: Duration,
+    ) -> Result<(), String> {
+        let parked = self.try_park(name, container, limit).await;
+        if let Some(guide) = self.pods.guide() {
+            let told = parked.as_ref().copied().map_err(String::as_str);
+            guide.waits(container, told).await;
+        }
+        parked
+    }
+
+    async fn try_park(
+        &self,
+        name: &pb::ContainerName,
+        container: &PodContainer,
+        limit: Duration,
+    ) -> Result<(), String> {
+        let begun = Instant::now();
+        let (mut attempts, mut pause) = (0, TURN_PAUSE);
+        loop {
+            let left = limit.saturating_sub(begun.elapsed());
+            let is_here = || {
+                self.node
+                    .parked
+                    .is_here(&container.uid, &container.container)
+            };
+            let reason = match self.departures.park(name, &container.uid, left) {
+                // Committed when nobody was there to say so.
+                Err(_) if is_here() => return Ok(()),
+                Err(status) if status.code() == Code::NotFound => {
+                    return Err(status.message().to_owned());
+                }
+                Err(status) => status.message().to_owned(),
+                Ok(departure) => {
+                    let finished = departure.ended().await;
+                    if finished.outcome == "migrated" || is_here() {
+                        return Ok(());
+                    }
+                    attempts += 1;
+                    pause = ATTEMPT_PAUSE;
+                    finished.reason
+                }
+            };
+            tracing::warn!(%container, reason, attempts, "its state does not wait here yet");
+            if attempts == ATTEMPTS || begun.elapsed() + ATTEMPT_MINIMUM > limit {
+                return Err(format!("its state cannot wait here: {reason}"));
+            }
+            sleep(pause).await;
+        }
     }
 }
 
@@ -60,18 +172,7 @@ impl pb::pods_server::Pods for PodService {
         let name = request.container.unwrap_or_default();
         let container = named(request.name)?;
         tracing::info!(%container, id = name.id, "a container is told to end");
-        let mut reason = "nothing takes it elsewhere".to_owned();
-        if let Some(guide) = self.pods.guide() {
-            reason = guide.stays(&container).await;
-        }
-        // Begun by hand, or not quite over.
-        let mut moved = false;
-        let departure = self.departures.find(&name.namespace, &name.id);
-        if let Some(departure) = departure.filter(|departure| departure.order.into_pod.is_some()) {
-            let finished = departure.ended().await;
-            moved = finished.outcome == "migrated";
-            reason = finished.reason;
-        }
+        let (moved, reason) = self.until_decided(&name, &container).await;
         tracing::info!(%container, id = name.id, moved, reason, "a container's end is decided");
         Ok(Response::new(pb::LeavingResponse { moved, reason }))
     }

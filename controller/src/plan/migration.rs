@@ -6,8 +6,11 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use sterna_kube::claim::Claimant;
+use sterna_kube::claim::has_started;
 use sterna_kube::spec_hash::spec_hash;
-use sterna_kube::{Migration, MigrationStatus, Owner, Phase, PodSettings, Trigger, leaving, owner};
+use sterna_kube::{
+    Migration, MigrationStatus, Owner, Phase, PodSettings, Trigger, leaving, owner, wanted,
+};
 
 use super::outcome::{self, Outcome};
 use super::{Action, FINALIZER, View, Waiting, phase, reference, refusal, unwanted};
@@ -15,6 +18,9 @@ use super::{Action, FINALIZER, View, Waiting, phase, reference, refusal, unwante
 /// How long a source's node may take to tell the result after the source's pod is
 /// gone: its last message and the pod's end are on their way at the same time.
 const LAST_WORD: SignedDuration = SignedDuration::from_secs(30);
+
+/// How long the node where a state waits may take to tell that it was restored.
+const RESTORED_WORD: SignedDuration = SignedDuration::from_mins(2);
 
 /// What comes of one Migration.
 #[derive(Debug, Default)]
@@ -44,6 +50,12 @@ pub(crate) fn step(view: &View<'_>, migration: &Arc<Migration>) -> Next {
         if status.phase.is_final() {
             return Next::status(migration, status);
         }
+    }
+
+    if status.replaced_late.is_none() {
+        let owner = status.owner.as_ref();
+        let state = owner.and_then(|owner| view.owners.get(&owner.uid));
+        status.replaced_late = state.and_then(wanted::replaces_late);
     }
 
     let find = |uid: Option<&String>| {
@@ -100,9 +112,20 @@ pub(crate) fn step(view: &View<'_>, migration: &Arc<Migration>) -> Next {
         };
         // Bound meanwhile.
         status.target_pod = Some(reference(target));
+        if outcome::read(&status) == Outcome::Parked {
+            started_without(view, target, &mut status);
+        }
         return Next::status(migration, status);
     }
 
+    if outcome::read(&status) == Outcome::Parked {
+        let node = status.source_pod.as_ref().and_then(|pod| pod.node.clone());
+        let node = node.unwrap_or_default();
+        status.message = Some(format!(
+            "its state waits on node {node} for the pod that replaces it"
+        ));
+        condition(&mut status, "StateWaits", true, "Parked", view.now);
+    }
     let mut actions = Vec::new();
     if let Some(source) = source {
         let asked = migration.spec.trigger == Trigger::Request;
@@ -158,9 +181,28 @@ fn begin(view: &View<'_>, migration: &Migration, status: &mut MigrationStatus) {
     let kind = of.as_ref().and_then(|owner| Owner::from_kind(&owner.kind));
     status.identity = kind.map(|kind| owner::identity(pod, kind));
     status.owner = of;
+    status.revision = wanted::revision(pod).map(str::to_owned);
     status.spec_hash = Some(spec_hash(pod, &settings.managed));
     status.containers = settings.managed;
     status.message = Some("waits for the pod that replaces it".to_owned());
+}
+
+/// Ends a Migration whose target runs although the state still waits: it was allowed
+/// to start from nothing, and must not get the older state when it restarts.
+fn started_without(view: &View<'_>, target: &Pod, status: &mut MigrationStatus) {
+    if !has_started(target, &status.containers) {
+        return;
+    }
+    // That the state was restored is told a moment later than that the pod runs.
+    condition(status, "TargetStarted", true, "PodState", view.now);
+    let mut conditions = status.conditions.iter();
+    let since = conditions
+        .find(|condition| condition.type_ == "TargetStarted")
+        .map_or(view.now, |condition| condition.last_transition_time.0);
+    if view.now >= since + RESTORED_WORD {
+        let why = "the pod that was to take its state has started without it".to_owned();
+        end(status, Phase::Failed, why, view.now);
+    }
 }
 
 /// Whether, and why, it is over before the commit.
@@ -173,11 +215,13 @@ fn give_up(
     if migration.metadata.deletion_timestamp.is_some() {
         return Some((Phase::Cancelled, "it was deleted".to_owned()));
     }
-    if let Some(why) = source.and_then(|pod| unwanted(view, pod)) {
+    if let Some(why) = unwanted(view, status) {
         return Some((Phase::Cancelled, why));
     }
+    // For as long as its node keeps it, which says so when it does not any more.
+    let waits = outcome::read(status) == Outcome::Parked;
     let started = status.started_at.as_ref().map_or(view.now, |time| time.0);
-    if view.now >= migration.spec.deadline(started) {
+    if !waits && view.now >= migration.spec.deadline(started) {
         let why = match status.target_pod {
             Some(_) => "its state did not arrive in time",
             None => "no pod came in time to take its state",
@@ -193,7 +237,7 @@ fn give_up(
     };
     let gone = source.is_none_or(ended);
     condition(status, "SourceGone", gone, "PodState", view.now);
-    if gone && outcome::read(status) != Outcome::Parked {
+    if gone && !waits {
         let since = status
             .conditions
             .iter()

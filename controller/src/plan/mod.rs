@@ -16,7 +16,7 @@ use std::sync::Arc;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use sterna_kube::claim::{Claimant, assign};
-use sterna_kube::wanted::{OwnerState, owner_wants, places};
+use sterna_kube::wanted::{Member, OwnerState, owner_wants, places};
 use sterna_kube::{
     Migration, MigrationStatus, Phase, PodRef, PodSettings, Trigger, leaving, owner,
 };
@@ -279,11 +279,14 @@ fn claim(view: &View<'_>, waiting: Vec<Waiting>) -> Vec<Action> {
         .collect()
 }
 
-/// Whether its owner still wants what a pod holds; if the owner cannot be asked
-/// just now, it does.
-fn unwanted(view: &View<'_>, pod: &Pod) -> Option<String> {
-    let owner = owner::controller(pod)?;
-    let state = view.owners.get(&owner.uid)?;
+/// Whether its owner still wants what a pod holds, or has left behind; if the owner
+/// cannot be asked just now, it does.
+fn unwanted(view: &View<'_>, status: &MigrationStatus) -> Option<String> {
+    let state = view.owners.get(&status.owner.as_ref()?.uid)?;
+    let pod = Member {
+        name: &status.source_pod.as_ref()?.name,
+        revision: status.revision.as_deref(),
+    };
     owner_wants(state, pod).err().map(|why| why.to_string())
 }
 

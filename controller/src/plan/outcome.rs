@@ -20,15 +20,19 @@ pub(crate) enum Outcome {
 
 /// Reads it.
 ///
-/// A transfer to another target than the present one is of the past, except where
-/// it succeeded: then that pod is the one that runs.
+/// A transfer to another target than the present one is of the past; but a state that
+/// waits at the source's node does so for whichever pod takes it.
 pub(crate) fn read(status: &MigrationStatus) -> Outcome {
     let Some(transfer) = status.transfer.as_ref() else {
         return Outcome::Nothing;
     };
     let target = status.target_pod.as_ref().map(|target| &target.uid);
     if transfer.target_uid.is_some() && transfer.target_uid.as_ref() != target {
-        return Outcome::Nothing;
+        let mut containers = transfer.containers.iter();
+        return match containers.any(|one| one.phase == TransferPhase::Parked) {
+            true => Outcome::Parked,
+            false => Outcome::Nothing,
+        };
     }
     let told: Vec<_> = status
         .containers
@@ -112,6 +116,10 @@ mod tests {
                 Outcome::Nothing,
             ),
             (both(copying.clone(), copying.clone()), Outcome::Begun),
+            (
+                json!({"targetUid": "x", "containers": [{"name": "a", "phase": "Parked"}]}),
+                Outcome::Parked,
+            ),
             (
                 both(json!({"phase": "Parked"}), copying.clone()),
                 Outcome::Parked,

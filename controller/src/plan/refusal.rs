@@ -1,17 +1,12 @@
 //! Why a pod cannot be moved, in words for whoever asked.
 
 use k8s_openapi::api::core::v1::Pod;
-use sterna_kube::wanted::OwnerState;
 use sterna_kube::{Migration, Owner, PodSettings, leaving, owner};
 
 use super::{View, phase, source_of};
 
 /// Reason: another runtime runs the pod.
 pub(crate) const OTHER_RUNTIME: &str = "OtherRuntimeClass";
-
-/// Reason: there is nobody to take its state while it runs.
-const LATE: &str = "ReplacedTooLate";
-const LATE_OWNER: &str = "its owner makes the pod that replaces it only once it is gone; its state cannot wait for that yet";
 
 /// Why a pod cannot be moved.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,9 +65,6 @@ pub(crate) fn of_pod(view: &View<'_>, pod: &Pod) -> Option<Refusal> {
                 owner.kind
             ),
         ),
-        Some(owner) if Owner::from_kind(&owner.kind).is_some_and(Owner::replaces_late) => {
-            refuse(LATE, LATE_OWNER)
-        }
         Some(_) => None,
     }
 }
@@ -81,16 +73,6 @@ pub(crate) fn of_pod(view: &View<'_>, pod: &Pod) -> Option<Refusal> {
 pub(crate) fn of_migration(view: &View<'_>, migration: &Migration, pod: &Pod) -> Option<Refusal> {
     if let Some(refusal) = of_pod(view, pod) {
         return Some(refusal);
-    }
-    let owner = owner::controller(pod).and_then(|owner| view.owners.get(&owner.uid));
-    if let Some(OwnerState::Job(job)) = owner {
-        let policy = job
-            .spec
-            .as_ref()
-            .and_then(|spec| spec.pod_replacement_policy.as_deref());
-        if policy == Some("Failed") {
-            return refuse(LATE, LATE_OWNER);
-        }
     }
     let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
     let Some(node) = node else {

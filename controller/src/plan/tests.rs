@@ -384,18 +384,82 @@ fn the_end_of_the_sources_pod_leaves_its_node_time_for_a_last_word() {
     assert_eq!(scene.next().phase, Phase::Failed);
 }
 
-#[test]
-fn what_is_parked_waits_for_its_target_until_the_deadline() {
+/// Its source's pod is gone, and its state waits on node a.
+fn parked() -> Migration {
     let mut parked = migration(transfer(json!({"name": "cache", "phase": "Parked"})));
     let status = parked.status.as_mut().unwrap();
     status.phase = Phase::Pending;
     status.target_pod = None;
     status.transfer.as_mut().unwrap().target_uid = None;
-    let mut scene = Scene::evicted().and(parked);
+    parked
+}
+
+#[test]
+fn what_is_parked_waits_for_its_target_as_long_as_its_node_keeps_it() {
+    let mut scene = Scene::evicted().and(parked());
     scene.pods.remove(0);
-    scene.now += SignedDuration::from_secs(60);
-    assert_eq!(scene.next().phase, Phase::Pending);
-    scene.now += SignedDuration::from_secs(600);
+    scene.now += SignedDuration::from_hours(20);
+    let status = scene.next();
+    assert_eq!(status.phase, Phase::Pending);
+    assert!(status.message.as_ref().unwrap().contains("waits on node a"));
+    let mut removed = serde_json::to_value(&status).unwrap();
+    removed["transfer"]["containers"][0] = json!({"name": "cache", "phase": "Finished",
+        "result": "Failed", "reason": "it was removed"});
+    scene.migrations[0] = Arc::new(migration(removed));
+    assert_eq!(scene.next().phase, Phase::Failed);
+}
+
+#[test]
+fn what_is_parked_is_claimed_by_the_pod_that_comes_and_by_the_next_if_that_goes() {
+    let mut scene = Scene::evicted().and(parked()).with(replacement());
+    scene.pods.remove(0);
+    let actions = scene.plan();
+    let [Action::Claim { target, status, .. }] = &actions[..] else {
+        panic!("{actions:?}");
+    };
+    assert_eq!(target.uid, "r");
+    scene.migrations[0] = Arc::new(migration(serde_json::to_value(status).unwrap()));
+    assert_eq!(scene.next().phase, Phase::Transferring);
+    // An attempt began to bring it there.
+    let mut begun = serde_json::to_value(status).unwrap();
+    begun["transfer"]["targetUid"] = json!("r");
+    scene.migrations[0] = Arc::new(migration(begun));
+    scene.pods.clear();
+    scene.now += SignedDuration::from_mins(5);
+    let actions = scene.plan();
+    let [Action::Release { status, .. }] = &actions[..] else {
+        panic!("{actions:?}");
+    };
+    assert_eq!(status.phase, Phase::Pending);
+}
+
+#[test]
+fn what_is_parked_is_called_off_when_nobody_wants_it() {
+    let mut scene = Scene::evicted().and(parked());
+    scene.pods.remove(0);
+    scene.owners.insert("rs".to_owned(), replica_set(0, "1"));
+    assert_eq!(scene.next().phase, Phase::Cancelled);
+    scene.owners.insert("rs".to_owned(), OwnerState::Gone);
+    assert_eq!(scene.next().phase, Phase::Cancelled);
+}
+
+#[test]
+fn a_target_that_runs_without_the_state_that_waits_does_not_get_it_later() {
+    let started = json!({"status": {"phase": "Running", "containerStatuses": [
+        {"name": "cache", "ready": true, "restartCount": 0, "image": "", "imageID": "",
+            "state": {"running": {}}}]}});
+    let mut waits = parked();
+    waits.status.as_mut().unwrap().target_pod = Some(PodRef {
+        name: "r".into(),
+        uid: "r".into(),
+        node: Some("b".into()),
+    });
+    let mut scene = Scene::evicted().and(waits).with(pod("r", NOW, started));
+    scene.pods.remove(0);
+    let status = scene.next();
+    assert_eq!(status.phase, Phase::Transferring);
+    scene.migrations[0] = Arc::new(migration(serde_json::to_value(status).unwrap()));
+    scene.now += SignedDuration::from_mins(3);
     assert_eq!(scene.next().phase, Phase::Failed);
 }
 
@@ -565,18 +629,28 @@ fn a_pod_that_started_from_nothing_instead_says_so() {
 }
 
 #[test]
-fn a_pod_whose_owner_replaces_it_late_is_refused_at_once_and_not_held() {
-    let late = json!({"metadata": {"ownerReferences": [{"apiVersion": "apps/v1",
-        "kind": "StatefulSet", "name": "cart", "uid": "rs", "controller": true}]}});
-    let mut scene = Scene::evicted();
-    let mut leaving = serde_json::to_value(&*scene.pods[0]).unwrap();
-    merge(&mut leaving, late);
-    scene.pods[0] = Arc::new(serde_json::from_value(leaving).unwrap());
-    let mut fresh = migration(json!({}));
-    fresh.status = None;
-    let status = scene.and(fresh).next();
-    assert_eq!(status.phase, Phase::Failed);
-    assert!(status.message.unwrap().contains("only once it is gone"));
+fn a_migration_says_whether_the_pod_is_replaced_only_once_it_is_gone() {
+    let fresh = || {
+        let mut fresh = migration(json!({}));
+        fresh.status = None;
+        fresh
+    };
+    let job = |policy| {
+        let job = json!({"spec": {"podReplacementPolicy": policy, "template": {}}});
+        OwnerState::Job(serde_json::from_value(job).unwrap())
+    };
+    for (owner, late) in [
+        (replica_set(1, "1"), Some(false)),
+        (job("Failed"), Some(true)),
+        (job("TerminatingOrFailed"), Some(false)),
+    ] {
+        let mut scene = Scene::evicted().and(fresh());
+        scene.owners.insert("rs".to_owned(), owner);
+        assert_eq!(scene.next().replaced_late, late);
+    }
+    let mut scene = Scene::evicted().and(fresh());
+    scene.owners.clear();
+    assert_eq!(scene.next().replaced_late, None);
 }
 
 #[test]

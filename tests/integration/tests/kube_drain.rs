@@ -124,18 +124,19 @@ fn what_was_scaled_down_is_forgotten() {
     assert!(has_no_migration(cluster, &old));
 }
 
-#[test]
-fn a_job_that_is_drained_goes_on_counting_and_completes() {
-    let Some(cluster) = cluster() else { return };
-    let job = r#"
+/// Drains a Job that counts, and says where it began again.
+fn count_through_a_drain(cluster: Cluster<'_>, name: &str, replacement: &str) {
+    let job = format!(
+        r#"
 apiVersion: batch/v1
 kind: Job
-metadata: { name: count }
+metadata: {{ name: {name} }}
 spec:
+  podReplacementPolicy: {replacement}
   template:
     metadata:
-      labels: { app: count }
-      annotations: { sterna.dev/managed-containers: '["count"]' }
+      labels: {{ app: {name} }}
+      annotations: {{ sterna.dev/managed-containers: '["count"]' }}
     spec:
       runtimeClassName: sterna
       restartPolicy: Never
@@ -144,9 +145,11 @@ spec:
         - name: count
           image: busybox:1
           command: [sh, -c, 'i=0; until [ -e /enough ]; do i=$((i+1)); echo $i; sleep 0.05; done']
-"#;
-    let _objects = cluster.apply(job);
-    let old = cluster.pod_other_than("app=count", "");
+"#
+    );
+    let _objects = cluster.apply(&job);
+    let selector = format!("app={name}");
+    let old = cluster.pod_other_than(&selector, "");
     let numbers = |pod: &str| -> Vec<u64> {
         let said = cluster.kubectl(&["logs", pod]);
         let lines = said.stdout.lines();
@@ -157,7 +160,7 @@ spec:
     });
     let counted = numbers(&old).len() as u64;
     cluster.drain(&home(cluster, &old));
-    let new = cluster.pod_other_than("app=count", &old);
+    let new = cluster.pod_other_than(&selector, &old);
     let first = eventually_within(PATIENCE, "it counts again", || {
         numbers(&new).first().copied()
     });
@@ -165,8 +168,9 @@ spec:
     cluster
         .kubectl(&["exec", &new, "--", "touch", "/enough"])
         .success();
+    let object = format!("job/{name}");
     eventually_within(PATIENCE, "the Job is complete", || {
-        (cluster.field("job/count", ".status.succeeded") == "1").then_some(())
+        (cluster.field(&object, ".status.succeeded") == "1").then_some(())
     });
     let all = numbers(&new);
     let expected: Vec<u64> = (first..first + all.len() as u64).collect();
@@ -174,7 +178,19 @@ spec:
 }
 
 #[test]
-fn a_stateful_sets_pod_is_drained_as_without_us_and_says_so_beforehand() {
+fn a_job_that_is_drained_goes_on_counting_and_completes() {
+    let Some(cluster) = cluster() else { return };
+    count_through_a_drain(cluster, "count", "TerminatingOrFailed");
+}
+
+#[test]
+fn a_job_that_replaces_only_what_has_failed_goes_on_counting_and_completes() {
+    let Some(cluster) = cluster() else { return };
+    count_through_a_drain(cluster, "count-late", "Failed");
+}
+
+#[test]
+fn a_stateful_sets_pod_that_is_drained_comes_back_elsewhere_with_its_memory() {
     let Some(cluster) = cluster() else { return };
     let set = r#"
 apiVersion: apps/v1
@@ -194,18 +210,45 @@ spec:
 "#;
     let _objects = cluster.apply(set);
     cluster.rolled_out("statefulset/ordered");
-    let migratable = |field: &str| {
-        let path = format!(".status.conditions[?(@.type=='sterna.dev/Migratable')].{field}");
-        cluster.field("pod/ordered-0", &path)
+    let pod = "pod/ordered-0";
+    let ask = |words: &[&str]| -> String {
+        let words = [&["exec", "ordered-0", "--"], words].concat();
+        cluster.kubectl(&words).success().trim().to_owned()
     };
-    eventually("the pod says that it cannot be moved", || {
-        (migratable("reason") == "ReplacedTooLate").then_some(())
+    let run_id = || -> String {
+        let server = ask(&["valkey-cli", "info", "server"]);
+        let line = server.lines().find(|line| line.starts_with("run_id:"));
+        line.expect("Valkey has a run id").to_owned()
+    };
+    let migratable = ".status.conditions[?(@.type=='sterna.dev/Migratable')].status";
+    eventually("the pod says that it can be moved", || {
+        (cluster.field(pod, migratable) == "True").then_some(())
     });
-    let uid = cluster.field("pod/ordered-0", ".metadata.uid");
-    // Its signal is not held.
-    cluster.drain(&home(cluster, "ordered-0"));
+    ask(&["valkey-cli", "set", "key", "value"]);
+    ask(&["sh", "-c", "echo written >/data/file"]);
+    let (uid, from) = (
+        cluster.field(pod, ".metadata.uid"),
+        home(cluster, "ordered-0"),
+    );
+    let (was, address) = (run_id(), cluster.field(pod, ".status.podIP"));
+
+    cluster.drain(&from);
+    eventually_within(PATIENCE, "another pod of that name is ready", || {
+        let ready = !cluster.pods("app=ordered").is_empty();
+        (ready && cluster.field(pod, ".metadata.uid") != uid).then_some(())
+    });
+    assert_ne!(home(cluster, "ordered-0"), from);
+    assert_ne!(cluster.field(pod, ".status.podIP"), address);
+    assert_eq!(run_id(), was, "it is the same process");
+    assert_eq!(ask(&["valkey-cli", "get", "key"]), "value");
+    assert_eq!(ask(&["hostname"]), "ordered-0");
+    assert_eq!(ask(&["cat", "/data/file"]), "written");
     let migration = cluster.migration_of("ordered-0");
-    assert_eq!(cluster.field(&migration, ".status.phase"), "Failed");
-    cluster.rolled_out("statefulset/ordered");
-    assert_ne!(cluster.field("pod/ordered-0", ".metadata.uid"), uid);
+    assert_eq!(cluster.field(&migration, ".status.phase"), "Succeeded");
+    eventually_within(PATIENCE, "nothing waits on the node any more", || {
+        cluster
+            .node(&from)
+            .holds("test -z \"$(find /var/lib/sterna/parked -type f)\"")
+            .then_some(())
+    });
 }

@@ -205,6 +205,113 @@ fn a_replacement_that_finds_no_node_at_first_is_waited_for_by_a_source_that_serv
     assert_eq!(caches.ask(&new, &["get", "late"]), "write");
 }
 
+/// The others of a node take no pods while this lives.
+struct Alone<'a> {
+    cluster: Cluster<'a>,
+    others: Vec<&'static str>,
+}
+
+impl<'a> Alone<'a> {
+    fn with(cluster: Cluster<'a>, node: &str) -> Self {
+        let others = ["a", "b", "c"].into_iter().filter(|other| *other != node);
+        let others: Vec<&str> = others.collect();
+        cluster
+            .kubectl(&[&["cordon"], &others[..]].concat())
+            .success();
+        Self { cluster, others }
+    }
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        let words = [&["uncordon"], &self.others[..]].concat();
+        self.cluster.kubectl(&words).success();
+    }
+}
+
+/// Waits until the state of a pod waits on its node.
+fn waits(cluster: Cluster<'_>, pod: &str) {
+    let path = "jsonpath={range .items[*]}{.spec.podName} \
+        {.status.transfer.containers[0].phase}{'\\n'}{end}";
+    eventually_within(PATIENCE, "its state waits", || {
+        let all = cluster.kubectl(&["get", "migrations", "-o", path]);
+        let line = format!("{pod} Parked");
+        all.success()
+            .lines()
+            .any(|one| one.trim() == line)
+            .then_some(())
+    });
+}
+
+/// Whether anything waits on a node's disk.
+fn keeps_a_state(cluster: Cluster<'_>, node: &str) -> bool {
+    let condition = "test -n \"$(find /var/lib/sterna/parked -name 'pages-*' 2>/dev/null)\"";
+    cluster.node(node).holds(condition)
+}
+
+#[test]
+fn a_replacement_that_finds_no_node_for_long_gets_the_state_that_waits_for_it() {
+    let Some(cluster) = cluster() else { return };
+    let caches = Caches::start(cluster, "patient", 1);
+    let old = caches.pod_other_than("");
+    let (from, run_id) = (home(cluster, &old), caches.run_id(&old));
+    let alone = Alone::with(cluster, &from);
+    let drain = cluster.spawn(&["drain", &from, "--ignore-daemonsets"]);
+    caches.ask(&old, &["set", "late", "write"]);
+    waits(cluster, &old);
+    drain.end(PATIENCE).success();
+    assert!(keeps_a_state(cluster, &from));
+    // It is on disk, whoever is restarted.
+    cluster.node(&from).service("restart", "sternad");
+    drop(alone);
+    let new = caches.pod_other_than(&old);
+    cluster.kubectl(&["uncordon", &from]).success();
+    assert_ne!(home(cluster, &new), from);
+    assert_eq!(caches.run_id(&new), run_id);
+    assert_eq!(caches.ask(&new, &["get", "late"]), "write");
+    let migration = cluster.migration_of(&old);
+    assert_eq!(cluster.field(&migration, ".status.phase"), "Succeeded");
+    eventually_within(PATIENCE, "nothing waits any more", || {
+        (!keeps_a_state(cluster, &from)).then_some(())
+    });
+}
+
+#[test]
+fn a_replacement_that_a_quota_does_not_allow_yet_gets_the_state_that_waits_for_it() {
+    let Some(cluster) = cluster() else { return };
+    let caches = Caches::start(cluster, "within-quota", 1);
+    let old = caches.pod_other_than("");
+    let (from, run_id) = (home(cluster, &old), caches.run_id(&old));
+    let quota = ["create", "quota", "no-more", "--hard=count/pods=1"];
+    let quota = cluster.made(&quota, "quota/no-more");
+    Drain::begin(cluster, &from).end();
+    drop(quota);
+    let new = caches.pod_other_than(&old);
+    assert_eq!(caches.run_id(&new), run_id);
+}
+
+#[test]
+fn a_state_that_waits_is_forgotten_when_nobody_wants_it_any_more() {
+    let Some(cluster) = cluster() else { return };
+    let caches = Caches::start(cluster, "given-up", 1);
+    let old = caches.pod_other_than("");
+    let from = home(cluster, &old);
+    let _alone = Alone::with(cluster, &from);
+    let drain = cluster.spawn(&["drain", &from, "--ignore-daemonsets"]);
+    waits(cluster, &old);
+    drain.end(PATIENCE).success();
+    assert!(keeps_a_state(cluster, &from));
+    cluster
+        .kubectl(&["scale", "deployment/given-up", "--replicas=0"])
+        .success();
+    let migration = cluster.migration_of(&old);
+    cluster.kubectl(&["uncordon", &from]).success();
+    assert_eq!(cluster.field(&migration, ".status.phase"), "Cancelled");
+    eventually_within(PATIENCE, "it is removed", || {
+        (!keeps_a_state(cluster, &from)).then_some(())
+    });
+}
+
 #[test]
 fn a_rollout_while_memory_is_copied_calls_the_move_off() {
     let Some(cluster) = cluster() else { return };
