@@ -132,6 +132,7 @@ mod tests {
                 runc_root: "/run/runc".into(),
                 runc: "runc".into(),
                 upperdir: None,
+                volumes: Vec::new(),
             },
         };
         let arrival = Arrival::open(&dir, &job).unwrap();

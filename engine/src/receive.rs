@@ -7,6 +7,7 @@
 
 mod restore;
 mod stage;
+mod volumes;
 
 use std::fs;
 use std::future::Future;
@@ -29,6 +30,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use self::stage::flags_from_wire;
+use self::volumes::Volumes;
 use crate::arrival::Arrival;
 use crate::gate::Gate;
 use crate::ipc::ToShim;
@@ -86,9 +88,11 @@ async fn receive(
         None => None,
     };
     let staging = Arc::new(Staging::new(incoming.memory_limit_bytes));
+    let volumes = Volumes::prepare(&job.container.volumes, &job.container.id)?;
     let trees = Trees {
         layer: incoming.upperdir.clone(),
         images: arriving.clone(),
+        volumes: volumes.trees(),
     };
     let arrival = Arrival::open(dir, &job)?;
     let (service, arrived, sessions) =
@@ -118,6 +122,7 @@ async fn receive(
         gate: None,
         programs: None,
         switch,
+        volumes,
         staging,
         arrival,
         service,
@@ -128,6 +133,7 @@ async fn receive(
         state: State::START,
     };
     let outcome = receiver.run().await;
+    receiver.volumes.remove().await;
     server.abort();
     outcome
 }
@@ -159,6 +165,7 @@ struct Receiver {
     gate: Option<Gate>,
     programs: Option<Programs>,
     switch: Option<Switch>,
+    volumes: Volumes,
     staging: Arc<Staging>,
     arrival: Arrival,
     service: Service,
@@ -207,6 +214,7 @@ impl Receiver {
             Err(error) if matches!(self.state, State::Restoring | State::Undoing) => {
                 // The shim answers only when nothing of the restore is left.
                 self.advance(Event::RestoreFailed);
+                self.volumes.take_back().await;
                 self.hand_back(Some(session), &error).await;
                 Err(error)
             }
@@ -285,6 +293,7 @@ impl Receiver {
             FromSource::PrepareSwitch(prepare) => prepare,
             other => return Err(ReceiveError::unexpected(other)),
         };
+        self.volumes.check(&prepare.volumes)?;
         self.advance(Event::PrepareSwitch);
         let path = self.images.join("descriptors.json");
         fs::write(&path, &prepare.descriptors_json).map_err(|source| ReceiveError::File {

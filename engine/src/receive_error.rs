@@ -49,6 +49,12 @@ pub(crate) enum ReceiveError {
     Restore(String),
     #[error("cannot fill memory in")]
     Fill(#[from] MemoryError),
+    #[error("cannot bring the content of volume {name}")]
+    Volume {
+        name: String,
+        #[source]
+        source: layer::LayerError,
+    },
     #[error("cannot attach the container's address")]
     Network(#[source] network::NetworkError),
 }
@@ -71,6 +77,7 @@ impl ReceiveError {
             | Self::Images(_)
             | Self::Restore(_)
             | Self::Fill(_)
+            | Self::Volume { .. }
             | Self::Network(_) => Event::LocalFailure,
         }
     }

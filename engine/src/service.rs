@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::stream::BoxStream;
-use layer::{Limits, Placer};
+use layer::{Limits, Merge, Placer};
 use nodeapi::Ticket;
 use pages::Staging;
 use proto::migration as pb;
@@ -16,7 +16,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::files::TreePlacer;
+use crate::files::{Tree, TreePlacer};
 use crate::link::TICKET_KEY;
 use crate::wire;
 
@@ -36,7 +36,7 @@ pub(crate) struct Session {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Arrived {
     pub(crate) batches: HashMap<u32, u64>,
-    pub(crate) tree_items: HashMap<i32, u64>,
+    pub(crate) tree_items: HashMap<Tree, u64>,
     /// The first thing that went wrong with what arrived.
     pub(crate) failure: Option<String>,
 }
@@ -47,20 +47,19 @@ impl Arrived {
         account.streams.iter().all(|total| {
             self.batches.get(&total.stream).copied().unwrap_or_default() == total.batches
         }) && account.trees.iter().all(|total| {
-            self.tree_items
-                .get(&total.tree)
-                .copied()
-                .unwrap_or_default()
-                == total.items
+            let items = |tree| self.tree_items.get(&tree).copied().unwrap_or_default();
+            Tree::of_total(total).is_ok_and(|tree| items(tree) == total.items)
         })
     }
 }
 
-/// Where the trees of an incoming container lie.
+/// Where the trees of an incoming container are built.
 #[derive(Debug, Clone)]
 pub(crate) struct Trees {
     pub(crate) layer: Option<PathBuf>,
     pub(crate) images: PathBuf,
+    /// In the order in which the source numbers them.
+    pub(crate) volumes: Vec<Arc<Merge>>,
 }
 
 #[derive(Debug, Clone)]
@@ -80,7 +79,7 @@ struct Inner {
 #[derive(Debug, Default)]
 struct Open {
     pages: Vec<u32>,
-    trees: Vec<i32>,
+    trees: Vec<Tree>,
     session: bool,
     /// From now on the source may have committed: if it loses its session, it
     /// asks in another.
@@ -270,7 +269,8 @@ impl Migration for Service {
             move || -> Result<(), Status> {
                 let mut placer: Option<TreePlacer> = None;
                 while let Some(item) = queued.blocking_recv() {
-                    let tree = item.tree();
+                    let tree = Tree::of_item(&item)
+                        .map_err(|error| Status::invalid_argument(error.to_string()))?;
                     let placer = match &mut placer {
                         Some(placer) => placer,
                         None => placer.insert(service.placer(tree)?),
@@ -280,7 +280,7 @@ impl Migration for Service {
                         .map_err(|error| Status::failed_precondition(chain(&error)))?;
                     let items = placer.items();
                     inner.arrived.send_modify(|arrived| {
-                        arrived.tree_items.insert(tree.into(), items);
+                        arrived.tree_items.insert(tree, items);
                     });
                     if let Some(flush) = flush
                         && acks.blocking_send(Ok(pb::FilesAck { flush })).is_err()
@@ -320,24 +320,26 @@ impl Migration for Service {
 }
 
 impl Service {
-    fn placer(&self, tree: pb::FileTree) -> Result<TreePlacer, Status> {
+    fn placer(&self, tree: Tree) -> Result<TreePlacer, Status> {
         self.claim(|open| {
-            let fresh = !open.trees.contains(&tree.into());
-            open.trees.push(tree.into());
+            let fresh = !open.trees.contains(&tree);
+            if fresh {
+                open.trees.push(tree);
+            }
             fresh
         })?;
-        let place = match tree {
-            pb::FileTree::Layer => self
-                .0
-                .trees
+        let trees = &self.0.trees;
+        let volume = |number: u32| trees.volumes.get(usize::try_from(number).ok()?);
+        let placer = match tree {
+            Tree::Layer => trees
                 .layer
                 .as_ref()
-                .map(|root| (root, Limits::default())),
-            pb::FileTree::Images => Some((&self.0.trees.images, Limits::images())),
-            pb::FileTree::Unspecified => None,
+                .map(|root| Placer::new(root, Limits::default())),
+            Tree::Images => Some(Placer::new(&trees.images, Limits::images())),
+            Tree::Volume(number) => volume(number).map(|merge| merge.placer(Limits::default())),
         };
-        let (root, limits) = place.ok_or_else(|| Status::invalid_argument("no such tree here"))?;
-        let placer = Placer::new(root, limits)
+        let placer = placer
+            .ok_or_else(|| Status::invalid_argument("no such tree here"))?
             .map_err(|error| Status::failed_precondition(chain(&error)))?;
         Ok(TreePlacer::new(tree, placer))
     }
@@ -357,6 +359,7 @@ mod tests {
             trees: vec![pb::TreeTotal {
                 tree: pb::FileTree::Images.into(),
                 items: 3,
+                volume: 0,
             }],
             spaces: vec![],
         };
@@ -364,7 +367,7 @@ mod tests {
         assert!(!arrived.covers(&account));
         arrived.batches.insert(0, 2);
         assert!(!arrived.covers(&account));
-        arrived.tree_items.insert(pb::FileTree::Images.into(), 3);
+        arrived.tree_items.insert(Tree::Images, 3);
         assert!(arrived.covers(&account));
     }
 }

@@ -16,13 +16,15 @@
 //! file system they lie on (see [`xattr`]).
 //!
 //! Nothing here knows about the network or about containers; a plain directory
-//! of files is carried just as well.
+//! of files is carried just as well, and into one that others use with [`Merge`]. In a
+//! plain directory a character device 0/0 is one, and what was removed is removed.
 
 mod content;
 mod entry;
 mod error;
 mod inode;
 mod mapped;
+mod merge;
 mod meta;
 mod output;
 mod place;
@@ -34,5 +36,6 @@ pub use content::CHUNK_BYTES;
 pub use entry::{Entry, Item, Kind, MAX_DEPTH};
 pub use error::{LayerError, Stopped};
 pub use mapped::shared_writable;
+pub use merge::{InPlace, Merge, Wins};
 pub use place::{Limits, Placer};
 pub use scan::{PassReport, Scanner};

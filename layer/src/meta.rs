@@ -90,7 +90,8 @@ pub(crate) fn remove(parent: impl AsFd, name: &OsStr, path: &Path) -> Result<(),
 }
 
 fn remove_below(parent: impl AsFd, name: &OsStr, depth: usize) -> Result<(), Errno> {
-    if depth > MAX_DEPTH {
+    // Two more: a tree of that depth may lie in a directory of ours.
+    if depth > MAX_DEPTH + 2 {
         return Err(Errno::NAMETOOLONG);
     }
     let directory = match Inode::at(&parent, name) {
@@ -120,7 +121,7 @@ fn remove_below(parent: impl AsFd, name: &OsStr, depth: usize) -> Result<(), Err
     unlinkat(parent, name, AtFlags::REMOVEDIR)
 }
 
-fn open_directory(parent: impl AsFd, name: &OsStr) -> Result<OwnedFd, Errno> {
+pub(crate) fn open_directory(parent: impl AsFd, name: &OsStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     openat(parent, name, flags, Mode::empty())
 }

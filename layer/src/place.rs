@@ -89,7 +89,12 @@ impl Placer {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root =
             rustix::fs::open(root, flags, Mode::empty()).map_err(LayerError::io("open", root))?;
-        Ok(Self {
+        Ok(Self::on(root, limits))
+    }
+
+    /// Builds below a directory that is open.
+    pub(crate) fn on(root: OwnedFd, limits: Limits) -> Self {
+        Self {
             root: Arc::new(root),
             limits,
             bytes: 0,
@@ -99,7 +104,7 @@ impl Placer {
             times: BTreeMap::new(),
             touched: BTreeSet::new(),
             broken: false,
-        })
+        }
     }
 
     /// Applies one item. After an error every further call fails with
@@ -341,7 +346,7 @@ impl Placer {
 }
 
 /// The kernel refuses any way out: symbolic links, `..`, mounts.
-fn open_below(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Errno> {
+pub(crate) fn open_below(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Errno> {
     let resolve = ResolveFlags::BENEATH
         | ResolveFlags::NO_SYMLINKS
         | ResolveFlags::NO_MAGICLINKS
@@ -355,7 +360,11 @@ fn open_below(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Errno> {
     )
 }
 
-fn look(parent: &OwnedFd, name: &OsStr, path: &Path) -> Result<Option<Inode>, LayerError> {
+pub(crate) fn look(
+    parent: &OwnedFd,
+    name: &OsStr,
+    path: &Path,
+) -> Result<Option<Inode>, LayerError> {
     match Inode::at(parent, name) {
         Ok(inode) => Ok(Some(inode)),
         Err(Errno::NOENT) => Ok(None),
@@ -364,7 +373,7 @@ fn look(parent: &OwnedFd, name: &OsStr, path: &Path) -> Result<Option<Inode>, La
 }
 
 /// The last name of a valid path; the root's is `.`.
-fn name_of(path: &Path) -> &OsStr {
+pub(crate) fn name_of(path: &Path) -> &OsStr {
     path.file_name().unwrap_or(OsStr::new("."))
 }
 

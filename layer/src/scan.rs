@@ -49,6 +49,7 @@ pub struct Scanner {
     tree: Option<Node>,
     inodes: Inodes,
     suspects: HashSet<PathBuf>,
+    suspect_inodes: HashSet<Key>,
     broken: bool,
 }
 
@@ -78,6 +79,7 @@ impl Scanner {
             tree: None,
             inodes: Inodes::new(),
             suspects: HashSet::new(),
+            suspect_inodes: HashSet::new(),
             broken: false,
         })
     }
@@ -91,6 +93,27 @@ impl Scanner {
     pub fn suspect(&mut self, paths: impl IntoIterator<Item = PathBuf>) {
         let relative = |path: PathBuf| path.strip_prefix("/").map(Path::to_owned).unwrap_or(path);
         self.suspects.extend(paths.into_iter().map(relative));
+    }
+
+    /// As [`suspect`](Self::suspect), for a tree that the processes see somewhere
+    /// else, or in several places: paths are as seen from `root`, a process's root
+    /// directory. What they lead to outside of the tree does not matter.
+    pub fn suspect_seen_from(&mut self, root: &Path, paths: impl IntoIterator<Item = PathBuf>) {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        // A process that has ended changes nothing any more.
+        let Ok(root) = rustix::fs::open(root, flags, Mode::empty()) else {
+            return;
+        };
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        for path in paths {
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let file = openat2(&root, path, flags, Mode::empty(), resolve);
+            if let Ok(inode) = file.and_then(Inode::of)
+                && inode.filesystem == self.filesystem
+            {
+                self.suspect_inodes.insert(inode.key);
+            }
+        }
     }
 
     /// Walks the tree and emits what the receiver does not have: in the first
@@ -120,6 +143,7 @@ impl Scanner {
                 .suspects
                 .iter()
                 .filter_map(|path| self.resolve(path))
+                .chain(self.suspect_inodes.iter().copied())
                 .collect(),
             output: Output::new(emit),
         };
@@ -482,7 +506,7 @@ fn open(place: Place<'_>, inode: Inode) -> Result<File, Failure> {
     Ok(file.into())
 }
 
-fn names(dir: &OwnedFd) -> Result<Vec<OsString>, Errno> {
+pub(crate) fn names(dir: &OwnedFd) -> Result<Vec<OsString>, Errno> {
     let mut names = Vec::new();
     for entry in Dir::read_from(dir)? {
         let name = OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned();

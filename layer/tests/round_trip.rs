@@ -8,7 +8,7 @@ mod support;
 use std::fs::{self, File, Permissions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -333,6 +333,33 @@ for line in sys.stdin:
 
 #[test]
 fn a_store_through_a_mapping_is_not_missed() {
+    // As a container sees it, whose root is the tree.
+    a_store_is_not_missed(|pair, _, mapped| {
+        let inside = |path: PathBuf| {
+            path.strip_prefix(pair.source.path())
+                .map(|path| Path::new("/").join(path))
+                .unwrap_or(path)
+        };
+        let inside: Vec<_> = mapped.into_iter().map(inside).collect();
+        pair.scanner.suspect(inside);
+        pair.scanner
+            .suspect(["/not there".into(), "../../etc/passwd".into()]);
+    });
+}
+
+#[test]
+fn a_store_to_a_tree_somewhere_among_a_process_files_is_not_missed() {
+    a_store_is_not_missed(|pair, process, mapped| {
+        let root = PathBuf::from(format!("/proc/{process}/root"));
+        let others = ["/not there".into(), "../../etc/passwd".into()];
+        pair.scanner
+            .suspect_seen_from(&root, mapped.into_iter().chain(others));
+        pair.scanner
+            .suspect_seen_from(Path::new("/proc/none/root"), ["/file".into()]);
+    });
+}
+
+fn a_store_is_not_missed(suspect: impl FnOnce(&mut Pair, u32, Vec<PathBuf>)) {
     let mut pair = Pair::new();
     fs::write(pair.at("mapped"), noise(MIB as usize, 5)).unwrap();
     let mapper = Command::new("python3")
@@ -367,16 +394,7 @@ fn a_store_through_a_mapping_is_not_missed() {
     assert!(unnoticed, "every store shows in the file's times here");
     let mapped = shared_writable(mapper.id() as i32).unwrap();
     assert!(mapped.contains(&pair.at("mapped")), "{mapped:?}");
-    // As a container sees it, whose root is the tree.
-    let inside = |path: std::path::PathBuf| {
-        path.strip_prefix(pair.source.path())
-            .map(|path| Path::new("/").join(path))
-            .unwrap_or(path)
-    };
-    let inside: Vec<_> = mapped.into_iter().map(inside).collect();
-    pair.scanner.suspect(inside);
-    pair.scanner
-        .suspect(["/not there".into(), "../../etc/passwd".into()]);
+    suspect(&mut pair, mapper.id(), mapped);
     let (report, items) = pair.pass(true);
     assert_eq!(
         (told(&items), report.bytes),

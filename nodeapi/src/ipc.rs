@@ -41,6 +41,34 @@ pub struct ContainerFacts {
     pub runc: PathBuf,
     /// Writable layer (overlay upperdir), if the root file system has one.
     pub upperdir: Option<PathBuf>,
+    /// Volumes whose content moves with it, in order of their names.
+    pub volumes: Vec<Volume>,
+}
+
+/// A volume that ends with its pod, and so has to move with what is in it.
+///
+/// A container and its replacement have the same ones by name, as their pods are
+/// alike; where they lie is each node's own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    /// Its name in the pod.
+    pub name: String,
+    /// The directory, on this node.
+    pub path: PathBuf,
+    /// It has its content already: another container of the pod brought it.
+    pub brought: bool,
+}
+
+impl Volume {
+    /// What the hidden directories are called in which content arrives, before the
+    /// container's id.
+    pub const STAGING_PREFIX: &str = ".sterna-arriving.";
+
+    /// Name of the directory, in the volume, in which content arrives with a
+    /// container. It is on the volume's file system, so that it can be renamed.
+    pub fn staging_name(container_id: &str) -> String {
+        format!("{}{container_id}", Self::STAGING_PREFIX)
+    }
 }
 
 /// Shim to engine.

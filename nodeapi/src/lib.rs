@@ -15,6 +15,7 @@ mod rundir;
 pub use incoming::{Incoming, Ticket};
 pub use ipc::{
     ContainerFacts, FromEngine, Outcome, ReceiveJob, RestoreFlags, RestoreOrder, SendJob, ToEngine,
+    Volume,
 };
 pub use pod::{PodAnnotations, PodContainer};
 pub use record::{ContainerRecord, RunState};

@@ -92,6 +92,17 @@ impl Spec {
         Some(Path::new(path))
     }
 
+    /// Directories and files of the node that the container sees.
+    pub(crate) fn bind_sources(&self) -> impl Iterator<Item = &Path> {
+        let mounts = self.json["mounts"].as_array().into_iter().flatten();
+        mounts.filter_map(|mount| {
+            let mut options = mount["options"].as_array().into_iter().flatten();
+            let bind = mount["type"] == "bind"
+                || options.any(|option| option == "bind" || option == "rbind");
+            Some(Path::new(mount["source"].as_str()?)).filter(|_| bind)
+        })
+    }
+
     /// The root file system, where no mounts for it came with the request.
     pub(crate) fn root(&self, bundle: &Path) -> PathBuf {
         bundle.join(self.json["root"]["path"].as_str().unwrap_or("rootfs"))

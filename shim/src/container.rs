@@ -5,13 +5,13 @@
 //! a few instructions and never across an await, so that State, Pids and the
 //! other questions are answered whatever runc is doing.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_shim_protos::api::Mount;
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
-use nodeapi::{ContainerFacts, ContainerRecord, PodContainer, RunDir, RunState};
+use nodeapi::{ContainerFacts, ContainerRecord, PodContainer, RunDir, RunState, Volume};
 use protobuf::MessageField;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -50,6 +50,14 @@ pub(crate) struct Context {
     /// What the end of the shim waits for a little: engines that still have
     /// something to say or to clean up.
     pub(crate) last_work: TaskTracker,
+    /// Names of the pod's volumes whose content came with a container.
+    pub(crate) brought: Mutex<HashSet<String>>,
+}
+
+impl Context {
+    fn brought(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.brought.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The root file system's mounts and where they go.
@@ -99,6 +107,8 @@ pub(crate) struct Container {
     pub(crate) checkpoint: Option<CheckpointSource>,
     /// Its place in a pod, where its state outlives it; see [`crate::managed`].
     pub(crate) pod: Option<PodContainer>,
+    /// Volumes whose content moves with it; see [`crate::volumes`].
+    pub(crate) volumes: BTreeMap<String, PathBuf>,
     pub(crate) arrival: Option<Arc<Arrival>>,
     pub(crate) operation: tokio::sync::Mutex<()>,
     /// Processes that were added and run.
@@ -119,6 +129,7 @@ pub(crate) struct Parts {
     pub(crate) state: State,
     pub(crate) checkpoint: Option<CheckpointSource>,
     pub(crate) pod: Option<PodContainer>,
+    pub(crate) volumes: BTreeMap<String, PathBuf>,
     pub(crate) arrival: Option<Arc<Arrival>>,
 }
 
@@ -142,6 +153,7 @@ impl Container {
             shares_pid_namespace: parts.shares_pid_namespace,
             checkpoint: parts.checkpoint,
             pod: parts.pod,
+            volumes: parts.volumes,
             arrival: parts.arrival,
             operation: tokio::sync::Mutex::default(),
             running_execs: watch::Sender::new(0),
@@ -256,7 +268,22 @@ impl Container {
             runc_root: self.runc.root().to_owned(),
             runc: self.runc.program().to_owned(),
             upperdir: crate::rootfs::upperdir(&self.rootfs.mounts),
+            volumes: self.volumes().collect(),
         }
+    }
+
+    fn volumes(&self) -> impl Iterator<Item = Volume> {
+        let brought = self.context.brought();
+        self.volumes.iter().map(move |(name, path)| Volume {
+            name: name.clone(),
+            path: path.clone(),
+            brought: brought.contains(name),
+        })
+    }
+
+    /// It has arrived, and with it what is in its volumes.
+    pub(crate) fn brought_volumes(&self) {
+        self.context.brought().extend(self.volumes.keys().cloned());
     }
 
     /// Its first process is there: remembers it and sees to its end.

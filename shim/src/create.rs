@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
-use nodeapi::Incoming;
+use nodeapi::{ContainerRecord, Incoming, RunState};
 use protobuf::MessageField;
 
 use crate::bundle::{Spec, read_pid};
@@ -22,6 +22,7 @@ use crate::migrate_in::{self, Arrival};
 use crate::options::Options;
 use crate::runc::Launch;
 use crate::state::State;
+use crate::volumes;
 
 /// Serves `Create`. What fails leaves nothing behind.
 pub(crate) async fn create(
@@ -36,6 +37,17 @@ pub(crate) async fn create(
     let rootfs = rootfs(&bundle, &request, &spec)?;
 
     let pod = managed::managed(&spec);
+    let volumes = pod
+        .as_ref()
+        .map(|pod| volumes::empty_dirs(&spec, &pod.name.uid))
+        .unwrap_or_default();
+    if !volumes.is_empty() {
+        let (context, volumes) = (Arc::clone(&context), volumes.clone());
+        let swept = tokio::task::spawn_blocking(move || {
+            volumes::sweep(&volumes, |id| is_arriving(&context, id));
+        });
+        swept.await.map_err(Error::Interrupted)?;
+    }
     if let Some(pod) = &pod {
         let upperdir = crate::rootfs::upperdir(&rootfs.mounts);
         managed::await_state(&context, &request.id, pod, upperdir.as_deref()).await?;
@@ -63,6 +75,7 @@ pub(crate) async fn create(
         state,
         checkpoint,
         pod: pod.map(|pod| pod.name),
+        volumes,
         arrival: incoming.as_ref().map(|_| Arc::new(Arrival::new())),
         id: request.id.clone(),
     }));
@@ -84,6 +97,14 @@ pub(crate) async fn create(
         .publish(&announcement(&request, container.init.pid()));
     drop(gate);
     Ok(container)
+}
+
+fn is_arriving(context: &Context, id: &str) -> bool {
+    let record = ContainerRecord::read(&context.run_dir, &context.namespace, id);
+    match record {
+        Ok(record) => record.is_some_and(|record| record.state == RunState::Receiving),
+        Err(_) => true, // it may be
+    }
 }
 
 async fn bring_up(container: &Arc<Container>, state: State) -> Result<()> {

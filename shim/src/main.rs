@@ -53,6 +53,7 @@ mod service;
 mod standin;
 mod state;
 mod stats;
+mod volumes;
 
 use std::ffi::OsStr;
 use std::path::Path;

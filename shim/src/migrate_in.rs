@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use migrate::arrival::ArrivalState;
-use nodeapi::{FromEngine, Incoming, ReceiveJob, RestoreFlags, RestoreOrder, ToEngine};
+use nodeapi::{FromEngine, Incoming, ReceiveJob, RestoreFlags, RestoreOrder, ToEngine, Volume};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -45,6 +45,7 @@ use crate::restore::{self, Restore};
 use crate::runc::RestoreArgs;
 use crate::standin::Standin;
 use crate::state::{Activity, State};
+use crate::volumes;
 
 /// runc's annotation for a file of CRIU options, in place of /etc/criu/runc.conf.
 const CRIU_CONFIG: &str = "org.criu.config";
@@ -127,6 +128,11 @@ pub(crate) async fn prepare(
     let traces = Traces {
         staging: container.context.run_dir.staging(&incoming.migration_id),
         ticket_socket: container.context.run_dir.ticket_socket(&incoming.ticket.id),
+        volumes: container
+            .volumes
+            .values()
+            .map(|volume| volume.join(Volume::staging_name(&container.id)))
+            .collect(),
     };
     let ticket_id = incoming.ticket.id.clone();
     let job = ToEngine::Receive(Box::new(ReceiveJob {
@@ -166,6 +172,7 @@ pub(crate) async fn prepare(
 struct Traces {
     staging: PathBuf,
     ticket_socket: PathBuf,
+    volumes: Vec<PathBuf>,
 }
 
 impl Traces {
@@ -179,6 +186,9 @@ impl Traces {
             {
                 tracing::warn!(%error, "files of a migration are left");
             }
+        }
+        for staging in &self.volumes {
+            volumes::remove(staging);
         }
     }
 }
@@ -219,6 +229,7 @@ impl Receiver {
             Ok(pid) => {
                 let container = Arc::clone(&self.container);
                 container.enter(State::Running);
+                container.brought_volumes();
                 container.set_activity(Activity::Settling);
                 container.publish_start();
                 drop(gate);

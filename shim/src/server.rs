@@ -4,7 +4,7 @@ use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -103,6 +103,7 @@ async fn run(
         log,
         shutdown: CancellationToken::new(),
         last_work: TaskTracker::new(),
+        brought: Mutex::default(),
     })));
 
     let listener = UnixListener::from_std(listener).context("cannot use the socket")?;

@@ -222,7 +222,7 @@ impl Delivery {
     }
 
     /// Sends a tree of files; its last message asks for an answer.
-    async fn tree(&self, tree: i32) -> Result<u64, DeliveryError> {
+    async fn tree(&self, tree: u32) -> Result<u64, DeliveryError> {
         let mut client: Client = self.dialer.connect().await?;
         let (items, reading) = play::<pb::FileItem>(self.files.tree(tree));
         let mut acks = client

@@ -54,12 +54,12 @@ impl Files {
         self.directory.join(format!("pages-{stream}"))
     }
 
-    pub(super) fn tree(&self, tree: i32) -> PathBuf {
+    pub(super) fn tree(&self, tree: u32) -> PathBuf {
         self.directory.join(format!("tree-{tree}"))
     }
 
     /// Streams and trees that were recorded, by number.
-    pub(super) fn recorded(&self) -> io::Result<(Vec<u32>, Vec<i32>)> {
+    pub(super) fn recorded(&self) -> io::Result<(Vec<u32>, Vec<u32>)> {
         let (mut streams, mut trees) = (Vec::new(), Vec::new());
         for entry in fs::read_dir(&self.directory)? {
             let name = entry?.file_name();
@@ -67,7 +67,7 @@ impl Files {
             if let Some(number) = name.strip_prefix("pages-") {
                 streams.extend(number.parse::<u32>());
             } else if let Some(number) = name.strip_prefix("tree-") {
-                trees.extend(number.parse::<i32>());
+                trees.extend(number.parse::<u32>());
             }
         }
         streams.sort_unstable();

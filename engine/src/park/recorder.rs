@@ -20,11 +20,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::frames::{Files, FrameWriter};
+use crate::files::Tree;
 use crate::link::{self, MESSAGE_BYTES, TICKET_KEY};
 use crate::service::Arrived;
 use crate::wire;
 
-/// Page streams that a source may open.
+/// Page streams, and trees of files, that a source may open.
 const MAX_STREAMS: u32 = 64;
 
 /// Messages between a stream and the disk: enough that neither waits for the other
@@ -230,19 +231,25 @@ impl Recorder {
         acks: &mpsc::Sender<Result<pb::FilesAck, Status>>,
     ) -> Result<(), Status> {
         let mut writer = None;
-        let mut tree = 0;
+        let mut tree = Tree::Layer;
         let mut sequence = 0;
         while let Some(item) = items.message().await? {
+            let of = Tree::of_item(&item)
+                .map_err(|error| Status::invalid_argument(error.to_string()))?;
             let writer = match &writer {
                 Some(writer) => writer,
                 None => {
-                    tree = item.tree;
-                    let path = self.0.files.tree(tree);
-                    writer.insert(self.writer(format!("tree-{tree}"), &path)?)
+                    tree = of;
+                    let number = tree.number();
+                    if number >= MAX_STREAMS {
+                        return Err(Status::invalid_argument("one tree of files too many"));
+                    }
+                    let path = self.0.files.tree(number);
+                    writer.insert(self.writer(format!("tree-{number}"), &path)?)
                 }
             };
             sequence += 1;
-            if item.tree != tree || item.sequence != sequence {
+            if of != tree || item.sequence != sequence {
                 return Err(Status::invalid_argument("a file out of order"));
             }
             let flush = match &item.item {

@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
 use super::*;
-use crate::files::TreeSender;
+use crate::files::{Tree, TreeSender};
 use crate::link::{Dialer, PeerStream};
 use crate::session::Session;
 use crate::streams::PageStreams;
@@ -107,6 +107,7 @@ impl Lab {
         let prepare = pb::PrepareSwitch {
             descriptors_json: "[]".into(),
             restore: None,
+            volumes: Vec::new(),
         };
         let say = ToDestination::PrepareSwitch(prepare);
         session.say(say).await.unwrap();
@@ -117,7 +118,7 @@ impl Lab {
         let streams = PageStreams::open(&dialer, 2).await.unwrap();
         let client = dialer.connect().await.unwrap();
         let root = self.temp.path().join("tree");
-        let tree = TreeSender::open(client, pb::FileTree::Layer, &root);
+        let tree = TreeSender::open(client, Tree::Layer, &root);
         let mut tree = tree.await.unwrap();
         let (streams, tree) = tokio::task::spawn_blocking(move || {
             let mut streams = streams;

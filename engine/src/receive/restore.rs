@@ -29,6 +29,8 @@ impl Receiver {
         session: &mut Session,
     ) -> Result<Filling, ReceiveError> {
         let begun = Instant::now();
+        // CRIU opens the files in them.
+        self.volumes.put_in_place().await?;
         let mut memory = Memory::serve(&self.work_dir, &self.staging, &self.shim, &self.arrival)?;
         if let Some(gate) = self.gate.take() {
             gate.open().map_err(self.at_gate("open"))?;
@@ -121,6 +123,7 @@ impl Receiver {
         self.advance(Event::Restored);
         self.shim.send(&FromEngine::Running)?;
         session.say(ToSource::Running(filling.running)).await;
+        self.volumes.remove().await;
         let mut memory = filling.memory;
         let report = loop {
             tokio::select! {

@@ -1,5 +1,5 @@
-//! What copies: the tracker of memory with its page streams, and the writable
-//! layer. Everything here blocks somewhere; the copier is its door.
+//! What copies: the tracker of memory with its page streams, and the trees of
+//! files. Everything here blocks somewhere; the copier is its door.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -8,7 +8,7 @@ use std::time::Instant;
 use pages::{Claims, LapReport, Process, TrackError, Tracker};
 use proto::migration as pb;
 
-use crate::files::TreeSender;
+use crate::files::{Mapped, TreeSender};
 use crate::send_error::SendError;
 use crate::streams::PageStreams;
 
@@ -23,15 +23,15 @@ struct Memory {
 #[derive(Debug)]
 pub(super) struct Copier {
     memory: Arc<Mutex<Memory>>,
-    /// The writable layer, where the container has one.
-    layer: Option<Arc<Mutex<TreeSender>>>,
+    /// The writable layer, where the container has one, and its volumes.
+    files: Arc<Mutex<Vec<TreeSender>>>,
     /// Tells a lap to end early.
     stop: Arc<AtomicBool>,
 }
 
 impl Copier {
     /// `tracked`: whether this kernel can track writes.
-    pub(super) fn new(tracked: bool, streams: PageStreams, layer: Option<TreeSender>) -> Self {
+    pub(super) fn new(tracked: bool, streams: PageStreams, files: Vec<TreeSender>) -> Self {
         let tracker = if tracked {
             Tracker::new()
         } else {
@@ -39,7 +39,7 @@ impl Copier {
         };
         Self {
             memory: Arc::new(Mutex::new(Memory { tracker, streams })),
-            layer: layer.map(|layer| Arc::new(Mutex::new(layer))),
+            files: Arc::new(Mutex::new(files)),
             stop: Arc::default(),
         }
     }
@@ -92,22 +92,26 @@ impl Copier {
         .await
     }
 
-    /// One pass over the writable layer: everything first, then what changed.
-    /// Returns its content sent so far, in bytes.
-    pub(super) async fn layer_pass(
+    /// One pass over the writable layer and the volumes: everything first, then what
+    /// changed. Returns their content sent so far, in bytes.
+    pub(super) async fn files_pass(
         &self,
         processes: Vec<Process>,
         strict: bool,
     ) -> Result<u64, SendError> {
-        let Some(layer) = self.layer.clone() else {
-            return Ok(0);
-        };
+        let files = Arc::clone(&self.files);
         blocking(move || {
-            let mut layer = layer.lock().map_err(|_| SendError::Worker)?;
-            layer.suspect_mapped_by(&processes);
-            layer.pass(strict)?;
-            layer.flush_later()?;
-            Ok(layer.bytes())
+            let mut files = files.lock().map_err(|_| SendError::Worker)?;
+            if files.is_empty() {
+                return Ok(0);
+            }
+            let mapped = Mapped::by(&processes);
+            for tree in files.iter_mut() {
+                tree.suspect(&mapped);
+                tree.pass(strict)?;
+                tree.flush_later()?;
+            }
+            Ok(files.iter().map(TreeSender::bytes).sum())
         })
         .await
     }
@@ -122,9 +126,8 @@ impl Copier {
             .with_memory(|memory| Ok(memory.streams.totals()))
             .await?;
         let mut trees = vec![images];
-        if let Some(layer) = &self.layer {
-            trees.push(layer.lock().map_err(|_| SendError::Worker)?.total());
-        }
+        let files = self.files.lock().map_err(|_| SendError::Worker)?;
+        trees.extend(files.iter().map(TreeSender::total));
         Ok(pb::Final {
             streams,
             spaces,

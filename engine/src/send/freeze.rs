@@ -13,7 +13,7 @@ use proto::migration::source_message::Message as ToDestination;
 
 use super::Sender;
 use crate::container::Container;
-use crate::files::TreeSender;
+use crate::files::{Tree, TreeSender};
 use crate::link::Dialer;
 use crate::send_error::SendError;
 use crate::session::Session;
@@ -27,7 +27,7 @@ impl Sender {
         container: &Container,
     ) -> Result<(), SendError> {
         let images_client = dialer.connect().await?;
-        let images = TreeSender::open(images_client, pb::FileTree::Images, &self.work).await?;
+        let images = TreeSender::open(images_client, Tree::Images, &self.work).await?;
         self.advance(Event::SwitchDecided)?;
         let begun = Instant::now();
         self.figures.frozen_at = Some(begun);
@@ -91,7 +91,7 @@ impl Sender {
             let report = copier.final_lap(Arc::clone(claims)).await?;
             // CRIU may be making links for files that are open but have no name,
             // so that nothing may be missing only later.
-            let layer_bytes = copier.layer_pass(processes.clone(), false).await?;
+            let layer_bytes = copier.files_pass(processes.clone(), false).await?;
             Ok((report, layer_bytes))
         };
         let handing_over = hand_over(session, self.job.network.as_ref());
@@ -102,7 +102,7 @@ impl Sender {
         self.figures.final_pages = report.pages;
         self.figures.layer_bytes = layer_bytes;
         if self.work.join(LINK_REMAPS).exists() {
-            self.figures.layer_bytes = copier.layer_pass(processes, true).await?;
+            self.figures.layer_bytes = copier.files_pass(processes, true).await?;
         }
         Ok(images)
     }

@@ -18,7 +18,7 @@ use super::copier::Copier;
 use super::{PAGE_STREAMS, Sender, limited, make_dir, millis};
 use crate::container::Container;
 use crate::dump::Dump;
-use crate::files::TreeSender;
+use crate::files::{Tree, TreeSender};
 use crate::link::Dialer;
 use crate::send_error::SendError;
 use crate::session::Session;
@@ -71,6 +71,8 @@ impl Sender {
             path: descriptors,
             source,
         })?;
+        let volumes = self.job.container.volumes.clone().into_iter();
+        let volumes = volumes.map(|volume| volume.name);
         let session = self.session()?;
         session
             .say(ToDestination::PrepareSwitch(pb::PrepareSwitch {
@@ -82,6 +84,7 @@ impl Sender {
                     ext_unix_sk: options.external_unix_sockets,
                     shell_job: options.terminal,
                 }),
+                volumes: volumes.collect(),
             }))
             .await?;
         match limited(Phase::Prepare, session.hear()).await? {
@@ -101,14 +104,8 @@ impl Sender {
             Ok(PageStreams::open(dialer, PAGE_STREAMS).await?)
         })
         .await?;
-        let layer = match &self.job.container.upperdir {
-            Some(upperdir) => {
-                let client = dialer.connect().await?;
-                Some(TreeSender::open(client, pb::FileTree::Layer, upperdir).await?)
-            }
-            None => None,
-        };
-        self.copier = Some(Copier::new(self.figures.tracked, streams, layer));
+        let files = self.open_files(dialer).await?;
+        self.copier = Some(Copier::new(self.figures.tracked, streams, files));
         let dump = self
             .dump
             .insert(Dump::spawn(request, self.programs.as_ref())?);
@@ -120,10 +117,28 @@ impl Sender {
         Ok(())
     }
 
+    /// A stream for each tree of files, all on one connection.
+    async fn open_files(&self, dialer: &Dialer) -> Result<Vec<TreeSender>, SendError> {
+        let container = &self.job.container;
+        let layer = container.upperdir.iter().map(|root| (Tree::Layer, root));
+        let volumes = (0..).zip(&container.volumes);
+        let volumes = volumes.map(|(number, volume)| (Tree::Volume(number), &volume.path));
+        let mut files = Vec::new();
+        let mut client = None;
+        for (tree, root) in layer.chain(volumes) {
+            let client = match &client {
+                Some(client) => client,
+                None => client.insert(dialer.connect().await?),
+            };
+            files.push(TreeSender::open(client.clone(), tree, root).await?);
+        }
+        Ok(files)
+    }
+
     /// Copies memory and files while the container runs, until a switch-over
     /// fits the budget.
     pub(super) async fn pre_copy(&mut self, container: &Container) -> Result<(), SendError> {
-        self.layer_pass(container).await?;
+        self.files_pass(container).await?;
         if !self.figures.tracked {
             // The kernel cannot track writes: all memory goes in the freeze.
             return Ok(());
@@ -165,10 +180,10 @@ impl Sender {
         Ok(report)
     }
 
-    async fn layer_pass(&mut self, container: &Container) -> Result<(), SendError> {
+    async fn files_pass(&mut self, container: &Container) -> Result<(), SendError> {
         let bytes = self
             .copier()?
-            .layer_pass(container.processes()?, false)
+            .files_pass(container.processes()?, false)
             .await?;
         self.figures.layer_bytes = bytes;
         Ok(())
@@ -177,7 +192,7 @@ impl Sender {
     /// The last steps before the freeze: files, then mappings, then memory, the
     /// fastest-changing last.
     pub(super) async fn catch_up(&mut self, container: &Container) -> Result<(), SendError> {
-        self.layer_pass(container).await?;
+        self.files_pass(container).await?;
         if self.figures.tracked {
             self.copier()?.prepare_smaps().await?;
             self.lap(container).await?;

@@ -252,3 +252,84 @@ spec:
             .then_some(())
     });
 }
+
+#[test]
+fn what_a_pod_keeps_in_its_emptydirs_is_drained_with_it() {
+    let Some(cluster) = cluster() else { return };
+    let deployment = r#"
+apiVersion: apps/v1
+kind: Deployment
+metadata: { name: keeper }
+spec:
+  selector: { matchLabels: { app: keeper } }
+  template:
+    metadata:
+      labels: { app: keeper }
+      annotations: { sterna.dev/managed-containers: '["keeper"]' }
+    spec:
+      runtimeClassName: sterna
+      terminationGracePeriodSeconds: 5
+      volumes:
+        - { name: disk, emptyDir: {} }
+        - { name: fast, emptyDir: { medium: Memory, sizeLimit: 32Mi } }
+      initContainers:
+        - name: fill
+          image: busybox:1
+          command: [sh, -c, 'echo anew >/disk/log; echo anew >/disk/made']
+          volumeMounts: [{ name: disk, mountPath: /disk }]
+      containers:
+        - name: keeper
+          image: busybox:1
+          command:
+            - sh
+            - -c
+            - >-
+              exec 3>/disk/log; echo kept >/disk/made; echo deep >/deep/file;
+              head -c 3000000 /dev/urandom >/fast/random; md5sum /fast/random >/fast/sum;
+              i=0; while :; do i=$((i+1)); echo $i >&3; sleep 0.05; done
+          volumeMounts:
+            - { name: disk, mountPath: /disk }
+            - { name: disk, mountPath: /deep, subPath: below/deep }
+            - { name: fast, mountPath: /fast }
+        - name: reader
+          image: busybox:1
+          command: [sleep, '3600']
+          volumeMounts: [{ name: disk, mountPath: /disk }]
+"#;
+    let _objects = cluster.apply(deployment);
+    let old = cluster.pod_other_than("app=keeper", "");
+    let read = |pod: &str, container: &str, words: &[&str]| {
+        let exec = [&["exec", pod, "-c", container, "--"], words].concat();
+        cluster.kubectl(&exec).success().to_owned()
+    };
+    let counted = |pod: &str| -> Vec<u64> {
+        let log = read(pod, "reader", &["cat", "/disk/log"]);
+        log.lines().map(|line| line.parse().unwrap_or(0)).collect()
+    };
+    eventually_within(PATIENCE, "it counts", || {
+        (counted(&old).len() > 20).then_some(())
+    });
+    let (before, sum) = (
+        counted(&old).len(),
+        read(&old, "keeper", &["cat", "/fast/sum"]),
+    );
+    cluster.drain(&home(cluster, &old));
+
+    let new = cluster.pod_other_than("app=keeper", &old);
+    let migration = cluster.migration_of(&old);
+    assert_eq!(cluster.field(&migration, ".status.phase"), "Succeeded");
+    let arrived = counted(&new).len();
+    assert!(arrived > before);
+    eventually("the open file is written on", || {
+        (counted(&new).len() > arrived + 3).then_some(())
+    });
+    let all = counted(&new);
+    let expected: Vec<u64> = (1..=all.len() as u64).collect();
+    assert_eq!(all, expected);
+    assert_eq!(read(&new, "keeper", &["cat", "/fast/sum"]), sum);
+    assert_eq!(read(&new, "keeper", &["md5sum", "/fast/random"]), sum);
+    assert_eq!(read(&new, "keeper", &["cat", "/deep/file"]), "deep\n");
+    assert_eq!(read(&new, "reader", &["cat", "/disk/made"]), "kept\n");
+    let listed = read(&new, "reader", &["ls", "-A", "/disk"]);
+    assert_eq!(listed.lines().collect::<Vec<_>>(), ["below", "log", "made"]);
+}

@@ -191,3 +191,123 @@ fn a_managed_container_does_not_start_where_nobody_knows_whether_it_has_a_state(
     let fresh = of_pod("alone-2", "u-11", COUNTER, &[]).start(lab, b);
     counts(&fresh, b);
 }
+
+/// Directories of a node where its kubelet would have put the emptyDirs of a pod, the
+/// second in memory; gone with the value.
+struct Volumes<'lab> {
+    node: &'lab Node,
+    uid: &'static str,
+}
+
+impl<'lab> Volumes<'lab> {
+    fn make(node: &'lab Node, uid: &'static str, memory: &str) -> Self {
+        let volumes = Self { node, uid };
+        let (disk, fast) = (volumes.path("disk"), volumes.path("fast"));
+        let script = format!(
+            "mkdir -p {disk} {fast} && mount -t tmpfs -o size={memory} tmpfs {fast} && chmod 0777 {disk} {fast}"
+        );
+        node.sh(&script).success();
+        volumes
+    }
+
+    fn path(&self, name: &str) -> String {
+        let Self { uid, .. } = self;
+        format!("/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/{name}")
+    }
+
+    fn container(&self, id: &str, script: &str) -> Container {
+        let mount = |name: &str| {
+            let source = self.path(name);
+            format!("type=bind,src={source},dst=/{name},options=rbind:rw")
+        };
+        let (disk, fast) = (mount("disk"), mount("fast"));
+        of_pod(id, self.uid, script, &[]).options(&["--mount", &disk, "--mount", &fast])
+    }
+
+    fn lists(&self, name: &str) -> Vec<String> {
+        let listed = self.node.exec(&["ls", "-A", &self.path(name)]);
+        listed.success().lines().map(str::to_owned).collect()
+    }
+}
+
+impl Drop for Volumes<'_> {
+    fn drop(&mut self) {
+        let fast = self.path("fast");
+        let script = format!(
+            "umount -l {fast}; rm -rf /var/lib/kubelet/pods/{}",
+            self.uid
+        );
+        self.node.sh(&script);
+    }
+}
+
+/// Counts on standard output and in a file that stays open, and makes and removes
+/// others meanwhile.
+const KEEPER: &str = "exec 3>>/disk/log
+    mkdir /disk/seen; head -c 3000000 /dev/urandom >/fast/random; md5sum /fast/random >/fast/sum
+    i=0; while :; do i=$((i+1)); echo $i >&3; echo $i
+    echo $i >/disk/seen/$i; rm -f /disk/seen/$((i-3)); echo $i >/fast/last; sleep 0.05; done";
+
+#[test]
+fn what_is_in_a_pods_emptydirs_comes_with_its_container() {
+    let Some(lab) = LAB.get() else { return };
+    let (a, b) = (lab.node("a"), lab.node("b"));
+    let (from, to) = (
+        Volumes::make(a, "u-20", "16m"),
+        Volumes::make(b, "u-21", "16m"),
+    );
+    let source = from.container("volumes-1", KEEPER).start(lab, a);
+    counts(&source, a);
+    // As an init container of the replacement, or one beside it, may have left.
+    b.write(&format!("{}/theirs", to.path("disk")), "theirs");
+    b.write(&format!("{}/log", to.path("disk")), "of before");
+
+    let sending = send(&source, a, b, "u-21");
+    let replacement = to.container("volumes-2", KEEPER).start(lab, b);
+    sending.end(PATIENCE).success();
+    settled(&replacement, b);
+    counts(&replacement, b);
+    let sum = replacement.exec(b, &["md5sum", "-c", "/fast/sum"]);
+    assert!(sum.success().contains("OK"), "{sum}");
+    let log = b.read(&format!("{}/log", to.path("disk")));
+    let counted: Vec<u64> = log.lines().filter_map(|line| line.parse().ok()).collect();
+    let expected: Vec<u64> = (1..=counted.len() as u64).collect();
+    assert_eq!(counted, expected, "each number is written once");
+    let before = numbers(&source, a).len();
+    assert!(counted.len() > before + 3, "the open file is written on");
+
+    // What was removed at home is not there either, and what is not ours is.
+    let seen = to.lists("disk/seen").len();
+    assert!(seen <= 4, "{seen} files are left");
+    assert_eq!(to.lists("disk"), ["log", "seen", "theirs"]);
+    assert_eq!(to.lists("fast"), ["last", "random", "sum"]);
+    let mode = b.exec(&["stat", "-c", "%a", &to.path("disk")]);
+    assert_eq!(mode.success(), "777\n");
+    replacement.delete(b);
+}
+
+#[test]
+fn volumes_that_are_too_small_there_leave_the_container_where_it_is_and_stay_as_they_were() {
+    let Some(lab) = LAB.get() else { return };
+    let (a, b) = (lab.node("a"), lab.node("b"));
+    let (from, to) = (
+        Volumes::make(a, "u-22", "16m"),
+        Volumes::make(b, "u-23", "1m"),
+    );
+    let source = from.container("large-1", KEEPER).start(lab, a);
+    counts(&source, a);
+    b.write(&format!("{}/theirs", to.path("disk")), "theirs");
+
+    let sending = send(&source, a, b, "u-23");
+    let replacement = Running::expected(lab, "large-2");
+    let start = to.container("large-2", KEEPER).run(b);
+    assert!(!start.is_success(), "{start}");
+    assert!(start.stderr.contains("No space left"), "{start}");
+    let sent = sending.end(PATIENCE);
+    assert!(!sent.is_success(), "{sent}");
+    drop(replacement);
+    counts(&source, a);
+    eventually("nothing is left of it", || {
+        (to.lists("disk") == ["theirs"] && to.lists("fast").is_empty()).then_some(())
+    });
+}
