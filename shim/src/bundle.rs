@@ -50,6 +50,12 @@ impl Spec {
         Ok(())
     }
 
+    /// Whether the CRI made it: a pod's sandbox, or a container in one.
+    pub(crate) fn is_of_a_pod(&self) -> bool {
+        self.annotation("io.kubernetes.cri.container-type")
+            .is_some()
+    }
+
     /// One annotation.
     pub(crate) fn annotation(&self, name: &str) -> Option<&str> {
         self.json.get("annotations")?.get(name)?.as_str()
@@ -197,6 +203,22 @@ mod tests {
         let again = Spec::read(bundle.path()).unwrap();
         assert_eq!(again.annotation("a"), Some("b"));
         assert_eq!(again.json["future"]["x"], json!([1, 2]));
+    }
+
+    #[test]
+    fn sandboxes_and_containers_of_the_cri_are_told_from_those_of_others() {
+        for (annotations, of_a_pod) in [
+            (json!({"io.kubernetes.cri.container-type": "sandbox"}), true),
+            (
+                json!({"io.kubernetes.cri.container-type": "container"}),
+                true,
+            ),
+            (json!({"io.containerd.runc.v2.group": "g"}), false),
+            (Value::Null, false),
+        ] {
+            let bundle = bundle(&json!({"annotations": annotations}));
+            assert_eq!(Spec::read(bundle.path()).unwrap().is_of_a_pod(), of_a_pod);
+        }
     }
 
     #[test]

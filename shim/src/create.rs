@@ -33,10 +33,13 @@ pub(crate) async fn create(
     let bundle = PathBuf::from(&request.bundle);
     options.write(&bundle)?;
     let mut spec = Spec::read(&bundle)?;
-    spec.keep_movable()?;
+    let pod = managed::managed(&spec);
+    // What a pod's owner did not give to Sterna runs exactly as under runc.
+    if pod.is_some() || !spec.is_of_a_pod() {
+        spec.keep_movable()?;
+    }
     let rootfs = rootfs(&bundle, &request, &spec)?;
 
-    let pod = managed::managed(&spec);
     let volumes = pod
         .as_ref()
         .map(|pod| volumes::empty_dirs(&spec, &pod.name.uid))

@@ -15,6 +15,7 @@ pub mod netns;
 pub mod packet;
 pub mod pagemap;
 pub mod pidfd;
+pub mod priority;
 pub mod seccomp;
 pub mod seccomp_filters;
 pub mod signal;

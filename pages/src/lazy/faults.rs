@@ -21,6 +21,10 @@ const SPIN_FOR: Duration = Duration::from_millis(1);
 /// Address spaces looked at after one wait.
 const BATCH: usize = 64;
 
+/// Nice value of this thread. A process of the container stands still until its fault is answered, while the threads
+/// that fill, the ones that receive and the container itself want the same processors.
+const NICE: i32 = -15;
+
 /// Somebody waits for a page.
 struct Fault {
     space: Arc<Recipient>,
@@ -30,6 +34,8 @@ struct Fault {
 
 /// Serves until the crew stops. A failure goes to the server.
 pub(super) fn run(crew: &Crew) {
+    // Without the right to it, faults are answered later but as well.
+    drop(sys::priority::set_nice_of_thread(NICE));
     if let Err(error) = serve(crew) {
         crew.send(Message::Failed(error));
     }

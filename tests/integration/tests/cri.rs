@@ -11,6 +11,8 @@ use sterna_integration::{
 
 static LAB: SharedLab = SharedLab::new(10, |lab| {
     lab.up(&["a"], Flavour::Forky, Cgroup::of_machine());
+    // Who asks it about the containers that are managed.
+    lab.pair(&["a"]);
     lab.up(&["c"], Flavour::Trixie, Cgroup::of_machine());
     for node in ["a", "c"] {
         lab.import_for_pods(node, &["pause", "busybox"]);
@@ -411,14 +413,23 @@ fn annotations_of_a_pod_reach_the_shim() {
         let container = pod.start("main", TICKER);
         container.exec(&["grep", "Seccomp_filters", "/proc/1/status"])
     };
-    // A container without a profile has a filter for what cannot be moved, unless its
-    // pod keeps that.
-    let keep = json!({ "sterna.dev/keep-io-uring": "true", "sterna.dev/keep-mptcp": "true" });
-    assert_eq!(filters("kept", keep), "Seccomp_filters:\t0");
-    assert_eq!(
-        filters("movable", json!({})).as_str(),
-        "Seccomp_filters:\t1"
-    );
+    // A managed container without a profile has a filter for what cannot be moved, unless
+    // its pod keeps that. One that is not managed has what it asked for.
+    let managed = r#"["main"]"#;
+    let keep = json!({
+        "sterna.dev/managed-containers": managed,
+        "sterna.dev/keep-io-uring": "true",
+        "sterna.dev/keep-mptcp": "true",
+    });
+    let movable = json!({ "sterna.dev/managed-containers": managed });
+    for (name, annotations, count) in [
+        ("kept", keep, 0),
+        ("movable", movable, 1),
+        ("plain", json!({}), 0),
+    ] {
+        let expected = format!("Seccomp_filters:\t{count}");
+        assert_eq!(filters(name, annotations), expected, "of the pod {name}");
+    }
 }
 
 #[test]
