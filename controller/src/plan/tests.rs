@@ -131,6 +131,7 @@ fn migration(change: Value) -> Migration {
             "owner": {"kind": "ReplicaSet", "name": "cart", "uid": "rs"},
             "identity": "5d4f", "containers": managed,
             "specHash": sterna_kube::spec_hash::spec_hash(&source, &managed),
+            "replacedLate": false,
             "conditions": [{"type": "SourceGone", "status": "False", "reason": "PodState",
                 "message": "", "lastTransitionTime": NOW}],
         },
