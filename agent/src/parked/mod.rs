@@ -299,12 +299,10 @@ impl Parked {
             Word::Running => {
                 self.advance(record, Event::Ran)?;
                 // What is kept is that it ran.
-                let content = self.directory(&record.pod).and_then(|directory| {
-                    remove(&directory)?;
-                    DirBuilder::new().mode(0o700).create(&directory)?;
-                    record.write(&directory)
-                });
-                if let Err(error) = content {
+                let emptied = self
+                    .directory(&record.pod)
+                    .and_then(|directory| record::remove_all_but_it(&directory));
+                if let Err(error) = emptied {
                     tracing::warn!("content of a state is left: {error:#}");
                 }
                 Ok(())

@@ -103,6 +103,25 @@ impl Record {
     }
 }
 
+/// Removes what a directory has beside its record, which is there at any time.
+pub(super) fn remove_all_but_it(directory: &Path) -> anyhow::Result<()> {
+    let remove = || -> io::Result<()> {
+        for entry in fs::read_dir(directory)? {
+            let entry = entry?;
+            if entry.file_name() == FILE {
+                continue;
+            }
+            if entry.file_type()?.is_dir() {
+                fs::remove_dir_all(entry.path())?;
+            } else {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    };
+    remove().with_context(|| format!("cannot empty {}", directory.display()))
+}
+
 /// Where one container's state lies. The names come from the API server, and become
 /// directories' names only if they are plain.
 pub(super) fn directory(root: &Path, uid: &str, container: &str) -> anyhow::Result<PathBuf> {
